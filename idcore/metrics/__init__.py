@@ -1,0 +1,1 @@
+"""Measures of likeness and of quality. Import the module that you need."""
