@@ -79,13 +79,9 @@ def _check_kv(name: str, t: Tensor, q: Tensor, length: int | None) -> None:
             f"2: cond/uncond halves), got {t.shape[0]}"
         )
     if t.dtype != q.dtype:
-        raise InputError(
-            f"id_attention: {name} has dtype {t.dtype}, q has {q.dtype}; cast it with .to(q.dtype)"
-        )
+        raise InputError(f"id_attention: {name} has dtype {t.dtype}, q has {q.dtype}; cast it with .to(q.dtype)")
     if t.device != q.device:
-        raise InputError(
-            f"id_attention: {name} is on {t.device}, q on {q.device}; move it with .to(q.device)"
-        )
+        raise InputError(f"id_attention: {name} is on {t.device}, q on {q.device}; move it with .to(q.device)")
 
 
 def _as_tuple(x: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
@@ -152,9 +148,7 @@ def normal_mask(id_mask, n: int, q: Tensor) -> Tensor | None:
         return id_mask.to(torch.float32)
     masks = [id_mask] if isinstance(id_mask, Tensor) else list(id_mask)
     if len(masks) != n:
-        raise InputError(
-            f"id_attention: {n} identities need {n} masks (None for everywhere), got {len(masks)}"
-        )
+        raise InputError(f"id_attention: {n} identities need {n} masks (None for everywhere), got {len(masks)}")
     if all(m is None for m in masks):
         return None
     rows = [_one_mask(m, j, q) for j, m in enumerate(masks)]
@@ -170,9 +164,7 @@ def _check_numbers(merge: str, num_zero: int, num_global: int, li: tuple[int, ..
     if not isinstance(num_global, int) or num_global < 1:
         raise InputError(f"id_attention: num_global must be an integer >= 1, got {num_global!r}")
     if any(n == 0 for n in li) and num_zero == 0:
-        raise InputError(
-            "id_attention: an identity with no tokens needs num_zero >= 1, got Li = 0 and num_zero = 0"
-        )
+        raise InputError("id_attention: an identity with no tokens needs num_zero >= 1, got Li = 0 and num_zero = 0")
 
 
 def _check_text_bias(bias: Tensor, q: Tensor, lt: int) -> None:
@@ -184,9 +176,7 @@ def _check_text_bias(bias: Tensor, q: Tensor, lt: int) -> None:
         )
 
 
-def normalize(
-    q, k_text, v_text, k_id, v_id, *, id_scale, id_mask, merge, num_zero, num_global, text_bias
-) -> Args:
+def normalize(q, k_text, v_text, k_id, v_id, *, id_scale, id_mask, merge, num_zero, num_global, text_bias) -> Args:
     """Check shapes, dtypes and devices once; raise `InputError` with what was wanted and what came."""
     for name, t in (("q", q), ("k_text", k_text), ("v_text", v_text)):
         if not isinstance(t, Tensor):
@@ -208,9 +198,7 @@ def normalize(
         _check_kv(f"k_id[{j}]", k, q, None)
         _check_kv(f"v_id[{j}]", v, q, k.shape[2])
         if v.shape[0] != k.shape[0]:
-            raise InputError(
-                f"id_attention: v_id[{j}] must have k_id[{j}]'s batch {k.shape[0]}, got {v.shape[0]}"
-            )
+            raise InputError(f"id_attention: v_id[{j}] must have k_id[{j}]'s batch {k.shape[0]}, got {v.shape[0]}")
     _check_numbers(merge, num_zero, num_global, tuple(k.shape[2] for k in ks))
     if text_bias is not None:
         _check_text_bias(text_bias, q, k_text.shape[2])

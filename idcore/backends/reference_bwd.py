@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Args
 from . import reference as ref
+from .call import Args
 
 
 def _fold(t: Tensor, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`id_attention` on PyTorch's own attention: text through `scaled_dot_product_attention`, identity by two small matmuls.
+"""`id_attention` on PyTorch's own attention: text through its fused kernel, identity by two small matmuls.
 
 Differentiable, compiles without a graph break, runs wherever PyTorch does. Identity tokens are few (4 to a few
 hundred), so their score matrix is small; zero tokens stay in closed form.
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Args, Call
 from . import reference as ref
+from .call import Args, Call
 
 NAME = "sdpa"
 DIFFERENTIABLE = True

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import torch
 
-from ..errors import InputError, NoBackendError
 from ..backends.call import Call
+from ..errors import InputError, NoBackendError
 
 ORDER = ("cuda", "triton", "cpu", "sdpa", "reference")
 

@@ -54,7 +54,8 @@ def id_attention(
             A batch Bt or Bi must divide B; sample b takes row b * Bi // B: 1 row serves all, B rows one each,
             2 rows are the cond/uncond halves of a diffusers batch. None or (): text attention alone.
         id_scale: Strength of the identities: float, n floats, or a float32 tensor [], [n] or [n, B] on q's device.
-        id_mask: Where an identity acts, 0 to 1: per identity None (everywhere) or [1 or B, Lq]; or stacked [n, 1 or B, Lq].
+        id_mask: Where an identity acts, 0 to 1: per identity None (everywhere) or [1 or B, Lq]; or stacked
+            [n, 1 or B, Lq].
         merge: "add", "ortho" or "ortho_v2".
         num_zero: Appended all-zero identity tokens (PuLID's NUM_ZERO), in closed form: each adds exp(0) to the
             identity softmax's denominator.
@@ -155,9 +156,7 @@ def _bwd(
 
 
 @_bwd.register_fake
-def _bwd_fake(
-    grad, q, k_text, v_text, k_id, v_id, scale, mask, text_bias, merge, num_zero, num_global, backend
-):
+def _bwd_fake(grad, q, k_text, v_text, k_id, v_id, scale, mask, text_bias, merge, num_zero, num_global, backend):
     likes = (q, k_text, v_text, scale, *k_id, *v_id)
     return [t.new_empty(t.shape) for t in likes]
 

@@ -1,0 +1,27 @@
+"""Shared settings: fixed seed, two threads at most, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """GPU tests say why they are skipped; nightly tests run only when asked for by `-m nightly`."""
+    gpu = torch.cuda.is_available()
+    wants_nightly = "nightly" in (config.getoption("-m") or "")
+    for item in items:
+        if "gpu" in item.keywords and not gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        if "nightly" in item.keywords and not wants_nightly:
+            item.add_marker(pytest.mark.skip(reason="nightly; run with -m nightly"))
