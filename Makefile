@@ -1,0 +1,48 @@
+# The list of commands. `make demo` and `make test` each do everything from a bare checkout.
+VENV   ?= .venv
+PYTHON ?= python3
+OUT    ?= demo_out
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*.txt) CMakeLists.txt setup.py
+
+.PHONY: demo test build lint format bench clean
+
+demo: $(VENV)/.run
+	$(BIN)/idcore demo --out $(OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# PyTorch goes first: a looser requirement would bring another build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(PIP) -e ".[cpu]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e ".[cpu,train,dev]"
+	touch $@
+
+build: $(VENV)/.dev
+	$(BIN)/python -m build --outdir dist
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m idcore.bench id_attention --backend cpu --against eager,compiled
+
+clean:
+	rm -rf build dist $(OUT) *.egg-info
