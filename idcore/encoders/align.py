@@ -60,9 +60,7 @@ def template(name: str, size: int | None = None, padding: float = DLIB_PADDING) 
         raise InputError(f"The chip's size must be at least 1 pixel, got {size}.")
     if name == "dlib":
         if padding <= -0.5:
-            raise InputError(
-                f"padding must be above -0.5 (nothing is left of the chip there), got {padding}."
-            )
+            raise InputError(f"padding must be above -0.5 (nothing is left of the chip there), got {padding}.")
         return (np.array(_DLIB_MEAN_FACE) + padding) / (1 + 2 * padding) * size
     points = np.array(_ARCFACE_112 if name == "arcface" else _FFHQ_512)
     return points * (size / TEMPLATES[name])
@@ -77,9 +75,7 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     if source.shape != target.shape or source.ndim != 2 or source.shape[1] != 2 or len(source) < 2:
-        raise InputError(
-            f"Two sets of points [P,2] with P >= 2 are wanted, got {source.shape} and {target.shape}."
-        )
+        raise InputError(f"Two sets of points [P,2] with P >= 2 are wanted, got {source.shape} and {target.shape}.")
     if not (np.isfinite(source).all() and np.isfinite(target).all()):
         raise InputError("Landmarks must be finite numbers; some are NaN or infinite.")
     s, t = source @ (1, 1j), target @ (1, 1j)
@@ -175,6 +171,4 @@ def warp_batch(images: Tensor, matrices: Tensor, size: int) -> Tensor:
     # grid_sample with align_corners=False: -1 and 1 are the outer edges of the first and last pixels.
     extent = torch.tensor([width, height], device=images.device, dtype=torch.float64)
     grid = (2 * grid + 1) / extent - 1
-    return F.grid_sample(
-        images, grid.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
+    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)

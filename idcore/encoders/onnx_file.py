@@ -1,18 +1,22 @@
-"""Reads weights out of an ``.onnx`` file with numpy alone.
+"""Reads weights and signatures out of ``.onnx`` files with numpy alone.
 
-An ONNX file is a protocol-buffer message. The few fields that hold initialisers and node attributes are read
-here, so that torch modules can take their weights from the shipped files without the onnx package.
+An ONNX file is a protocol-buffer message. The few fields that matter are read here, so that torch modules can
+take their weights from the shipped files without the onnx package, and so that a model's kind can be told from
+the shapes of its inputs and outputs without loading hundreds of megabytes into a session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from idcore.errors import WeightsError
+
+Shape = tuple[int | None, ...]
 
 # TensorProto.DataType -> numpy; the types that weights are stored in.
 _DTYPES = {
@@ -39,6 +43,15 @@ class OnnxWeights:
 
     tensors: dict[str, np.ndarray]
     nodes: dict[str, OnnxNode]
+
+
+@dataclass
+class OnnxSignature:
+    """Inputs and outputs (name -> shape; None where a size is free) and the first eight nodes' operators."""
+
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    operators: list[str]
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -127,36 +140,84 @@ def _node(data: memoryview) -> OnnxNode:
     return node
 
 
+def _value_shape(data: memoryview) -> tuple[str, Shape]:
+    """Name and shape of a graph input or output (ValueInfoProto -> TypeProto -> Tensor -> TensorShapeProto)."""
+    name, shape = "", []
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        if number != 2:
+            continue
+        for dimension in _inside(value, 1, 2, 1):
+            sizes = [int(size) for inner, size in _fields(dimension) if inner == 1]  # type: ignore[arg-type]
+            shape.append(sizes[0] if sizes and sizes[0] > 0 else None)
+    return name, tuple(shape)
+
+
+def _inside(data: int | memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages reached by following field numbers inwards."""
+    if not path:
+        yield data  # type: ignore[misc]
+        return
+    for number, value in _fields(data):  # type: ignore[arg-type]
+        if number == path[0]:
+            yield from _inside(value, *path[1:])
+
+
+@contextmanager
+def _graph(path: str | Path) -> Iterator[list[tuple[int, memoryview]]]:
+    """The fields of the graph in a file, mapped and not copied; errors of the format become ``WeightsError``."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"No model file at {path}: wanted an .onnx file. Check the path or reinstall idcore.")
+    try:
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        yield [field for graph in _inside(memoryview(data), 7) for field in _fields(graph)]  # type: ignore
+    except (ValueError, IndexError, TypeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not an ONNX file that can be read ({error}). Get the file again.") from error
+
+
 def read_onnx(path: str | Path) -> OnnxWeights:
     """Initialisers and nodes of an ONNX file, in the dtypes in which they are stored.
 
     Initialisers of other types than float16/32/64 and int32/64, or kept in a file beside, are left out.
     Raises ``WeightsError`` where the file is missing or not ONNX.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(
-            f"No model file at {path}: wanted an .onnx file. Check the path or reinstall idcore."
-        )
     found = OnnxWeights({}, {})
-    try:
-        for number, value in _fields(memoryview(path.read_bytes())):
-            if number != 7:  # ModelProto.graph
-                continue
-            for inner, content in _fields(value):  # type: ignore[arg-type]
-                if inner == 5:
-                    name, array = _tensor(content)  # type: ignore[arg-type]
-                    if array is not None:
-                        found.tensors[name] = array
-                elif inner == 1:
-                    node = _node(content)  # type: ignore[arg-type]
-                    found.nodes[node.name] = node
-    except (ValueError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise WeightsError(
-            f"{path} is not an ONNX file that can be read ({error}). Get the file again."
-        ) from error
+    with _graph(path) as fields:
+        for number, content in fields:
+            if number == 5:
+                name, array = _tensor(content)
+                if array is not None:
+                    found.tensors[name] = array
+            elif number == 1:
+                node = _node(content)
+                found.nodes[node.name] = node
     if not found.tensors:
-        raise WeightsError(
-            f"{path} holds no weights: wanted an ONNX model with initialisers inside the file."
-        )
+        raise WeightsError(f"{path} holds no weights: wanted an ONNX model with initialisers inside the file.")
     return found
+
+
+def read_signature(path: str | Path) -> OnnxSignature:
+    """Inputs, outputs and first operators of an ONNX file, read without its weights.
+
+    Raises ``WeightsError`` where the file is missing, not ONNX, or without inputs and outputs.
+    """
+    inputs: dict[str, Shape] = {}
+    outputs: dict[str, Shape] = {}
+    operators: list[str] = []
+    weights: set[str] = set()
+    with _graph(path) as fields:
+        for number, content in fields:
+            if number == 5:
+                weights.update(_text(value) for inner, value in _fields(content) if inner == 8)
+            elif number == 1 and len(operators) < 8:
+                operators.append(_node(content).operator)
+            elif number in (11, 12):
+                name, shape = _value_shape(content)
+                (inputs if number == 11 else outputs)[name] = shape
+    # Older exporters list every weight among the inputs too.
+    inputs = {name: shape for name, shape in inputs.items() if name not in weights}
+    if not inputs or not outputs:
+        raise WeightsError(f"{path} has no inputs or no outputs: it is not an ONNX model. Get the file again.")
+    return OnnxSignature(inputs, outputs, operators)

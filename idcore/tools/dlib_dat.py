@@ -116,9 +116,7 @@ def _read_linear(stream: _Stream) -> LinearLayer:
     outputs, inputs = stream.integer(), stream.integer()
     weight = stream.tensor().ravel()
     if weight.size != inputs * outputs:
-        raise stream.fail(
-            f"{weight.size} weights in a layer of {inputs} inputs and {outputs} outputs without bias"
-        )
+        raise stream.fail(f"{weight.size} weights in a layer of {inputs} inputs and {outputs} outputs without bias")
     return LinearLayer(weight.reshape(inputs, outputs))
 
 

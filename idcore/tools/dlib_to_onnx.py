@@ -62,9 +62,7 @@ def _fold(conv: Layer, affine: Layer, channels: int, where: str) -> Conv:
         )
     rows, cols = conv.kernel
     if rows != cols or conv.stride[0] != conv.stride[1] or conv.padding[0] != conv.padding[1]:
-        raise WeightsError(
-            f"{where}: only square kernels, strides and paddings are supported, got {conv.kernel}."
-        )
+        raise WeightsError(f"{where}: only square kernels, strides and paddings are supported, got {conv.kernel}.")
     weights = conv.filters * channels * rows * cols
     if conv.params.size != weights + conv.filters or affine.params.size != 2 * conv.filters:
         raise WeightsError(
@@ -84,9 +82,7 @@ def read_network(path: str | Path) -> Network:
         raise WeightsError(f"{path}: wanted a sized RGB input first and a fully connected layer last.")
     body, head = layers[1:-1], layers[-1].weight
     if len(body) < 6 or len(body) % 4 != 2:
-        raise WeightsError(
-            f"{path}: {len(body)} layers between input and output; wanted a stem and whole blocks."
-        )
+        raise WeightsError(f"{path}: {len(body)} layers between input and output; wanted a stem and whole blocks.")
     if layers[0].size[0] != layers[0].size[1]:
         raise WeightsError(f"{path}: wanted a square input, got {layers[0].size}.")
     stem = _fold(body[0], body[1], 3, "stem")
@@ -101,9 +97,7 @@ def read_network(path: str | Path) -> Network:
         network.stages[-1].append(Block(first, second))
         channels = second.weight.shape[0]
     if head.shape[0] != channels:
-        raise WeightsError(
-            f"{path}: the last layer takes {head.shape[0]} inputs but the body gives {channels}."
-        )
+        raise WeightsError(f"{path}: the last layer takes {head.shape[0]} inputs but the body gives {channels}.")
     return network
 
 
@@ -210,16 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m idcore.tools.dlib_to_onnx", description=__doc__)
     parser.add_argument("source", help="dlib network file (.dat)")
     parser.add_argument("target", help="ONNX file to write")
-    parser.add_argument(
-        "--float32", action="store_true", help="store all weights in float32 (twice the size)"
-    )
+    parser.add_argument("--float32", action="store_true", help="store all weights in float32 (twice the size)")
     arguments = parser.parse_args(argv)
     network = convert(arguments.source, arguments.target, half=not arguments.float32)
     blocks = ", ".join(str(len(stage)) for stage in network.stages)
-    print(
-        f"{arguments.target}: input {network.size} px, blocks per stage {blocks}, "
-        f"{network.head.shape[1]} outputs"
-    )
+    print(f"{arguments.target}: input {network.size} px, blocks per stage {blocks}, {network.head.shape[1]} outputs")
 
 
 if __name__ == "__main__":
