@@ -2,6 +2,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 OUT    ?= demo_out
+# ONNX Runtime for the face encoders: cpu, or gpu on a CUDA machine. Never both.
+EXTRA  ?= cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*.txt) CMakeLists.txt setup.py
@@ -21,11 +23,11 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(PIP) -e ".[cpu]"
+	$(PIP) -e ".[$(EXTRA)]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -e ".[cpu,train,dev]"
+	$(PIP) -e ".[$(EXTRA),train,dev]"
 	touch $@
 
 build: $(VENV)/.dev

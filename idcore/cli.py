@@ -1,0 +1,131 @@
+"""The command line: demo, encode, generate, train, convert, env."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import IdcoreError
+
+app = typer.Typer(
+    help="Identity-customised text-to-image diffusion, fast.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+train_app = typer.Typer(help="Train a system.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output; all else goes to standard error.")]
+Faces = Annotated[
+    str, typer.Option(help='Face models: "embedded", or a folder in the layout of antelopev2 (SCRFD and ArcFace).')
+]
+Choose = Annotated[
+    str, typer.Option(help='Which face of a photo: "largest", "center", "only" (refuse several), or a number from 0.')
+]
+System = Annotated[str, typer.Option(help='"tiny" (embedded) or "pulid" (needs --weights).')]
+Weights = Annotated[Path | None, typer.Option(help="PuLID weights: a safetensors file in any published layout.")]
+Vision = Annotated[Path | None, typer.Option(help="PuLID: EVA02-CLIP-L-336 weights for encoding photos.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for grid.png, the pictures and demo.json.")] = Path("demo_out"),
+    photo: Annotated[Path | None, typer.Option(help="Your photo instead of the astronaut.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A real photo through face encoders, identity encoder, fused attention and 4 steps, with similarity scores."""
+    from .demo import run_demo
+
+    result = run_demo(out, photo=photo, as_json=as_json)
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+@app.command()
+def encode(
+    photos: Annotated[list[Path], typer.Argument(help="One or several photos of one person.")],
+    out: Annotated[Path, typer.Option(help="The identity to write, e.g. me.safetensors.")],
+    system: System = "tiny",
+    weights: Weights = None,
+    vision: Vision = None,
+    faces: Faces = "embedded",
+    choose: Choose = "largest",
+) -> None:
+    """Photos of a person to an identity file."""
+    from .workflows import encode_photos
+
+    identity = encode_photos(photos, system=system, weights=weights, vision=vision, faces=faces, choose=choose)
+    identity.save(out)
+    typer.echo(f"{out}: {identity}", err=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    id: Annotated[Path | None, typer.Option("--id", help="A photo, or an identity made by `idcore encode`.")] = None,
+    base: Annotated[str, typer.Option(help='"tiny", or a folder with an SDXL pipeline in diffusers\' layout.')] = "tiny",
+    negative: Annotated[str, typer.Option(help="Negative prompt (SDXL).")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i uses seed + i.")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
+    id_scale: Annotated[float, typer.Option(help="Strength of the identity; 0 leaves it out.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance (SDXL); 1 leaves it out.")] = 1.2,
+    width: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 768,
+    height: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 1024,
+    system: Annotated[str, typer.Option(help='"auto": what the identity was made with.')] = "auto",
+    weights: Weights = None,
+    vision: Vision = None,
+    preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
+    faces: Faces = "embedded",
+    choose: Choose = "largest",
+) -> None:
+    """Pictures of a prompt, with a person's identity."""
+    from .workflows import GenerateRequest, generate_pictures
+
+    request = GenerateRequest(
+        prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,
+        id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
+        vision=vision, preset=preset, faces=faces, choose=choose,
+    )  # fmt: skip
+    for path in generate_pictures(request):
+        typer.echo(path)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A PuLID file: .safetensors in any published layout, or v1's .bin.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    layout: Annotated[str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')] = "pulid",
+    unpickle: Annotated[
+        bool, typer.Option(help="Allow reading a pickle (weights_only; no code of the file runs).")
+    ] = False,
+) -> None:
+    """Weights from one published key layout to another, as safetensors."""
+    from .workflows import convert_weights
+
+    typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle), err=True)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """What is built, and which backend, provider and weights are usable here, with the reason where not."""
+    from .env import as_text, report
+
+    r = report()
+    print(json.dumps(r, indent=1) if as_json else as_text(r))
+
+
+def main() -> None:
+    """Entry point: errors of ours are one clear text and exit status 1, no traceback."""
+    try:
+        app()
+    except IdcoreError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The package: what it exports, how light its import is, what it carries."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import idcore
+
+PROBE = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import idcore
+seconds = time.perf_counter() - start
+idcore.__version__
+new = set(sys.modules) - before
+heavy = [m for m in new if m.split('.')[0] in ('diffusers', 'transformers', 'onnxruntime', 'triton', 'PIL')]
+print(json.dumps({'seconds': seconds, 'heavy': heavy, 'compiled': 'idcore._C' in new,
+                  'cuda': torch.cuda.is_initialized(), 'torchvision': 'torchvision' in sys.modules}))
+"""
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    assert seen["seconds"] < 1.5
+    assert not seen["heavy"] and not seen["compiled"] and not seen["cuda"] and not seen["torchvision"]
+
+
+def test_public_names_resolve():
+    for name in idcore.__all__:
+        assert getattr(idcore, name) is not None
+    assert callable(idcore.attach)
+
+
+def test_attach_stays_a_function_after_its_module_was_imported():
+    code = "import idcore.sampling.tiny_pipeline, idcore.testing, idcore; assert callable(idcore.attach), idcore.attach"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_name_lists_what_there_is():
+    with pytest.raises(AttributeError, match="no attribute 'atach'; it exports .*attach"):
+        _ = idcore.atach
+
+
+def test_the_compiled_module_is_built():
+    """Not a skip: a checkout whose tests run must hold the C++ kernels."""
+    from idcore.env import build_info
+
+    info = build_info()
+    assert "error" not in info, info.get("error")
+    assert "base" in info["isa"]
+
+
+def test_env_report_survives_and_is_json():
+    from idcore.env import as_text, report
+
+    r = report()
+    assert {"machine", "command", "backends", "providers", "weights", "build"} <= set(r)
+    json.dumps(r)
+    assert r["backends"]["reference"]["usable"] and r["backends"]["cpu"]["usable"], r["backends"]
+    for name, b in r["backends"].items():
+        assert b["usable"] != bool(b["why_not"]), name
+    assert "backends of id_attention" in as_text(r)
+
+
+def test_env_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "idcore.env", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["command"] == "python -m idcore.env --json"
