@@ -1,0 +1,100 @@
+"""`id_attention` in Triton: forward and backward on NVIDIA GPUs (sm_80 or newer); on the CPU under TRITON_INTERPRET=1.
+
+Triton and the kernels are imported by the first call, never by importing this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .call import Args, Call
+
+NAME = "triton"
+DIFFERENTIABLE = False
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+MIN_VERSION = (3, 3)  # kernel arguments that are tuples
+
+
+def interpreted() -> bool:
+    """True where kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installation() -> tuple[str, ...]:
+    """What the installation lacks, whatever the call."""
+    if importlib.util.find_spec("triton") is None:
+        return ("Triton is not installed (pip install 'triton>=3.3')",)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        found = "3.3"  # a build without metadata: let it try
+    if tuple(int(x) for x in found.split(".")[:2]) < MIN_VERSION:
+        return (f"Triton {found} is too old (needs 3.3 or newer)",)
+    if importlib.util.find_spec("idcore.kernels") is None:
+        return ("the kernels are not part of this installation (idcore.kernels); reinstall idcore",)
+    return ()
+
+
+@functools.cache
+def _compiler_missing() -> bool:
+    """Triton builds a small launcher in C at the first launch."""
+    return not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc"))
+
+
+def why_not(call: Call) -> list[str]:
+    """Reasons against running the call here."""
+    reasons = list(_installation())
+    if call.device == "cpu" and not interpreted():
+        reasons.append("tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)")
+    elif call.device not in ("cpu", "cuda"):
+        reasons.append(f"device={call.device} (needs cuda)")
+    if call.device == "cuda":
+        if torch.version.hip:
+            reasons.append("PyTorch is a ROCm build (the kernels are compiled for NVIDIA GPUs only)")
+        elif torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+            reasons.append("the GPU is older than sm_80")
+        if _compiler_missing():
+            reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")
+    if call.dtype not in DTYPES:
+        reasons.append(f"dtype={call.dtype} (needs float32, bfloat16 or float16)")
+    if call.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim={call.head_dim} (needs at most {MAX_HEAD_DIM})")
+    return reasons
+
+
+def _launch(name: str = "launch") -> ModuleType:
+    return importlib.import_module(f"idcore.kernels.{name}")
+
+
+def forward(a: Args, out: Tensor | None = None) -> Tensor:
+    """[B, H, Lq, D], dtype of q."""
+    return _launch().forward(a, out)
+
+
+def forward_stats(a: Args, out: Tensor | None = None):
+    """`forward`, and the float32 row statistics (`idcore.kernels.launch.Stats`) that spare `backward` their recomputation."""
+    return _launch().forward_stats(a, out)
+
+
+def backward(a: Args, g: Tensor, stats=None, *, text_kv: bool = True, id_kv: bool = True):
+    """Gradients in the form of `reference_bwd.backward`.
+
+    Args:
+        g: gradient of the output. [B, H, Lq, D]
+        stats: of `forward_stats`; None: recomputed.
+        text_kv, id_kv: False leaves those gradients out (None in their places), for frozen projections.
+    """
+    return _launch("launch_bwd").backward(a, g, stats, text_kv=text_kv, id_kv=id_kv)

@@ -1,0 +1,123 @@
+"""Launches the backward kernels of `id_attention`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import id_attention as fwd
+from . import id_attention_bwd as kernels
+from . import tuning
+from .launch import INTERPRETED, Plan, Stats, new_out, start
+from .launch import stats as compute_stats
+
+TARGET_PROGRAMS = 512  # so many programs keep a GPU of 108 to 148 multiprocessors busy (our choice)
+
+
+def backward(a, g: Tensor, stats: Stats | None = None, *, text_kv: bool = True, id_kv: bool = True):
+    """Gradients in the form of `reference_bwd.backward`; None in place of those not asked for.
+
+    Args:
+        g: gradient of the output. [B, H, Lq, D], dtype of q
+        stats: of `forward_stats`; None: recomputed.
+    """
+    p = Plan(a)
+    if a.q.numel() == 0:
+        return _nothing(p)
+    s = compute_stats(a) if stats is None else stats
+    ht, dnum, dshare = _coupling(p, g, s) if p.merge != fwd.ADD else (None, None, None)
+    dq, dh, delta_t, delta_i, got, dscale = _rows(p, g, s, dnum, dshare)
+    none = (None, None)
+    dkt, dvt = _keys(p, g if dh is None else dh, s.lse_text, delta_t, None, None) if text_kv else none
+    pairs = [none] * p.n
+    if id_kv:
+        side = dict(HT=ht, DNUM=dnum)
+        pairs = [_keys(p, g, s.lse_id[j], delta_i[j], j, side, s, dshare, got) for j in range(p.n)]
+    return dq, dkt, dvt, [k for k, _ in pairs], [v for _, v in pairs], dscale
+
+
+def _nothing(p: Plan):
+    a = p.a
+    zeros = [torch.zeros_like(t) for t in (a.q, a.k_text, a.v_text)]
+    return *zeros, [torch.zeros_like(k) for k in a.k_id], [torch.zeros_like(v) for v in a.v_id], p.empty(p.n, p.b).zero_()
+
+
+def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h in q's dtype, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
+    t = p.tile("rows")
+    tiles = triton.cdiv(p.lq, t.rows)
+    c = p.common() | p.key_tiles(t.keys)
+    take = ("Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE TT D BD ROOT UPCAST").split()
+    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype)
+    part = p.empty(tiles, p.n, p.b, p.h, p.d)
+    dshare = p.empty(p.n, p.b, p.h, p.lq) if p.merge == fwd.ORTHO_V2 else None
+    start(
+        kernels.coupling_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
+        **{k: c[k] for k in take}, G=g, HT=ht, LSE_T=s.lse_text, SHARE=s.share, ALPHA=s.alpha, PART=part,
+        DSHARE=dshare, sg=g.stride(), BM=t.rows,
+    )  # fmt: skip
+    zero = s.den == 0
+    dnum = torch.where(zero, 0.0, part.sum(0) / torch.where(zero, 1.0, s.den))
+    return ht, dnum, None if dshare is None else dshare.sum(2)
+
+
+def _rows(p: Plan, g: Tensor, s: Stats, dnum: Tensor | None, dshare: Tensor | None):
+    """dq, the gradient of h (None for add, where it is g), delta of text and identities, shares per head, dscale [n, B]."""
+    t = p.tile("rows")
+    tiles = triton.cdiv(p.lq, t.rows)
+    two, v2 = p.merge != fwd.ADD, p.merge == fwd.ORTHO_V2
+    dq, dh = new_out(p.a.q), p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype) if two else None
+    delta_t = p.empty(p.b, p.h, p.lq)
+    delta_i = p.empty(p.n, p.b, p.h, p.lq)
+    got = p.empty(p.n, p.b, p.h, p.lq) if v2 else None
+    dscale = p.empty(tiles, p.n, p.b, p.h)
+    start(
+        kernels.rows_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
+        **p.common(), **p.key_tiles(t.keys), G=g, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
+        LSE_U=s.lse_unscaled, SHARE=s.share, ALPHA=s.alpha, DNUM=dnum, DSHARE=dshare, DELTA_T=delta_t,
+        DELTA_I=delta_i, GOT=got, DSCALE=dscale, sg=g.stride(), sdq=dq.stride(), BM=t.rows,
+    )  # fmt: skip
+    return dq, dh, delta_t, delta_i, got, dscale.sum((0, 3))
+
+
+def _chunks(p: Plan, blocks: int, rows: int) -> tuple[int, int]:
+    """(chunks of image tokens, tokens per chunk): enough programs for the GPU, whole tiles each."""
+    tiles = triton.cdiv(p.lq, rows)
+    wanted = 1 if INTERPRETED else max(1, TARGET_PROGRAMS // (blocks * p.b * p.h))
+    per = triton.cdiv(tiles, min(wanted, tiles))
+    return triton.cdiv(tiles, per), per * rows
+
+
+def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tuple[Tensor, Tensor]:
+    """dk, dv of the text (j None; g is the gradient of h) or of identity j."""
+    a, t = p.a, p.tile("keys")
+    k, v = (a.k_text, a.v_text) if j is None else (a.k_id[j], a.v_id[j])
+    count = k.shape[2]
+    if count == 0:
+        return torch.zeros_like(k), torch.zeros_like(v)
+    block = min(t.keys, tuning.padded(count))
+    blocks = triton.cdiv(count, block)
+    chunks, per = _chunks(p, blocks, t.rows)
+    dk, dv = p.empty(chunks, p.b, p.h, count, p.d), p.empty(chunks, p.b, p.h, count, p.d)
+    c = p.common()
+    v2 = j is not None and p.merge == fwd.ORTHO_V2
+    text = dict(BIAS=c["BIAS"], SCALE=None, MASK=None, sbias=c["sbias"], sscale=None, smask=None)
+    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"], smask=c["smask"])
+    start(
+        kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
+        **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),
+        Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None, DSHARE=dshare[j] if v2 else None,
+        DELTA=delta, GOT=got[j] if v2 else None, DK=dk, DV=dv, sq=a.q.stride(), sk=k.stride(), sv=v.stride(),
+        sg=g.stride(), DIVK=p.b // k.shape[0], DIVV=p.b // v.shape[0], heads=p.h, batch=p.b, LQ=p.lq, count=count,
+        NG=a.num_global, per_chunk=per, J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd, BM=t.rows,
+        BN=block, ROOT=float(p.d) ** 0.5, UPCAST=p.upcast,
+    )  # fmt: skip
+    return _fold(dk, k), _fold(dv, v)
+
+
+def _fold(part: Tensor, like: Tensor) -> Tensor:
+    """Sum over chunks and over the samples that shared a row; cast. [chunks, B, H, L, D] -> [Bi, H, L, D]"""
+    chunks, b, h, length, d = part.shape
+    rows = like.shape[0]
+    return part.view(chunks, rows, b // rows, h, length, d).sum((0, 2)).to(like.dtype)

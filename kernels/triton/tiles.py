@@ -1,0 +1,163 @@
+"""Pieces shared by the attention kernels: masked loads, one softmax step, the weights recomputed from a row statistic.
+
+Logits are kept in base 2: x = q.k * log2(e) / sqrt(D) (+ bias * log2(e)), so that exp2 gives the softmax. ROOT is sqrt(D).
+The unscaled softmax of ortho_v2 is the normalised power ROOT of the scaled one: no second q.k product is needed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(base, rows, count, s_row, s_col, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows `rows` (0 past `count`) of a matrix as [rows, BD], columns past D are 0."""
+    cols = tl.arange(0, BD)
+    keep = rows[:, None] < count
+    if BD != D:
+        keep = keep & (cols[None, :] < D)
+    t = tl.load(base + rows[:, None] * s_row + cols[None, :] * s_col, mask=keep, other=0.0)
+    if UPCAST:
+        t = t.to(tl.float32)
+    return t
+
+
+@triton.jit
+def store_tile(base, value, rows, count, s_row, s_col, D: tl.constexpr, BD: tl.constexpr):
+    """Store [rows, BD] cast to the pointer's dtype; rows past `count` and columns past D are left alone."""
+    cols = tl.arange(0, BD)
+    keep = rows[:, None] < count
+    if BD != D:
+        keep = keep & (cols[None, :] < D)
+    at = base + rows[:, None] * s_row + cols[None, :] * s_col
+    tl.store(at, value.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def channel_vector(base, D: tl.constexpr, BD: tl.constexpr):
+    """D contiguous float32 as [BD], 0 past D."""
+    cols = tl.arange(0, BD)
+    return tl.load(base + cols, mask=cols < D, other=0.0)
+
+
+@triton.jit
+def identity_weight(MASK, smask, j: tl.constexpr, b, rows, LQ):
+    """Region mask of identity j at these rows (1 without a mask), 0 past LQ. float32 [rows]"""
+    inside = rows < LQ
+    if MASK is not None:
+        return tl.load(MASK + j * smask[0] + b * smask[1] + rows * smask[2], mask=inside, other=0.0)
+    return inside.to(tl.float32)
+
+
+@triton.jit
+def identity_scale(SCALE, sscale, j: tl.constexpr, b):
+    """Scale of identity j for sample b: from the tensor [n, B], or from the tuple of floats."""
+    if sscale is not None:
+        return tl.load(SCALE + j * sscale[0] + b * sscale[1])
+    return SCALE[j]
+
+
+@triton.jit
+def unscaled(difference, p, D: tl.constexpr, ROOT: tl.constexpr):
+    """exp2(difference * sqrt(D)) from p = exp2(difference): three multiplications for D = 64."""
+    if D == 64:
+        p2 = p * p
+        p4 = p2 * p2
+        return p4 * p4
+    return tl.exp2(difference * ROOT)
+
+
+@triton.jit
+def logits(q, K, sk, start, count, BIAS, s_bias, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+           ROOT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Base-2 logits of q against keys start..start+BLOCK, -inf past `count`; and the key indices."""
+    cols = start + tl.arange(0, BLOCK)
+    k = load_tile(K, cols, count, sk[2], sk[3], D, BD, UPCAST)
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * (1.4426950408889634 / ROOT)
+    inside = cols[None, :] < count
+    if BIAS is not None:
+        bias = tl.load(BIAS[:, None] + cols[None, :] * s_bias, mask=inside, other=0.0)
+        x += bias.to(tl.float32) * 1.4426950408889634
+    return tl.where(inside, x, float("-inf")), cols
+
+
+@triton.jit
+def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+                D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
+                SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One key block of the online softmax. lu and got are the unscaled sum and the part of the first NG tokens."""
+    x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
+    top = tl.maximum(m, tl.max(x, 1))
+    base = top
+    if BIAS is not None:  # a row may have met only -inf so far
+        base = tl.where(top == float("-inf"), 0.0, top)
+    difference = x - base[:, None]
+    p = tl.exp2(difference)
+    old = tl.exp2(m - base)
+    l = l * old + tl.sum(p, 1)
+    v = load_tile(V, cols, count, sv[2], sv[3], D, BD, UPCAST)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+    if SHARE:
+        u = unscaled(difference, p, D, ROOT)
+        old_u = unscaled(m - base, old, D, ROOT)
+        lu = lu * old_u + tl.sum(u, 1)
+        got = got * old_u + tl.sum(tl.where(cols[None, :] < NG, u, 0.0), 1)
+    return top, l, acc, lu, got
+
+
+@triton.jit
+def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+           BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Softmax attention over `count` keys and NZ zero tokens (logit 0, value 0).
+
+    TILES is (block, keys covered by whole blocks, size of the last block or 0).
+    Returns the result [BM, BD], the log2 of the sum [BM], the unscaled one's, and the share of the first NG tokens.
+    """
+    has_zero = tl.full([BM], NZ, tl.int32) > 0
+    m = tl.where(has_zero, 0.0, float("-inf"))
+    l = tl.zeros([BM], tl.float32) + NZ
+    lu = l
+    counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
+    got = tl.zeros([BM], tl.float32) + counted
+    acc = tl.zeros([BM, BD], tl.float32)
+    for start in range(0, TILES[1], TILES[0]):
+        m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+                                         D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
+    if TILES[2] > 0:
+        m, l, acc, lu, got = online_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, m, l, acc, lu, got,
+                                         D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
+    return acc / l[:, None], m + tl.log2(l), m * ROOT + tl.log2(lu), got / lu
+
+
+@triton.jit
+def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc, got,
+               D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
+               SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
+    p = tl.exp2(x - lse[:, None])
+    v = load_tile(V, cols, count, sv[2], sv[3], D, BD, UPCAST)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    if SHARE:
+        u = tl.exp2(x * ROOT - lse_u[:, None])
+        got += tl.sum(tl.where(cols[None, :] < NG, u, 0.0), 1)
+    return acc, got
+
+
+@triton.jit
+def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, TILES: tl.constexpr, D: tl.constexpr,
+                 BD: tl.constexpr, BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
+                 UPCAST: tl.constexpr):  # fmt: skip
+    """`attend` with the log2 sums already known: the result [BM, BD] and the share of the first NG tokens [BM]."""
+    counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
+    got = tl.zeros([BM], tl.float32)
+    if SHARE:
+        got += counted * tl.exp2(-lse_u)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for start in range(0, TILES[1], TILES[0]):
+        acc, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc, got,
+                              D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
+    if TILES[2] > 0:
+        acc, got = known_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, lse, lse_u, acc, got,
+                              D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
+    return acc, got

@@ -1,0 +1,83 @@
+"""Tile sizes per kernel, GPU generation, element size and padded head dim. Our own table: no search at run time.
+
+Starting values were chosen so that no kernel spills (`ahead.resources` reads it without a GPU); not yet tuned on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """rows: image tokens of a program. keys: tokens of an inner block. Then Triton's num_warps and num_stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (kernel, 16-bit or 32-bit, padded head dim) -> Tile; a generation's own table goes before "any".
+TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
+    "any": {
+        ("forward", 2, 16): Tile(128, 64, 4, 2),
+        ("forward", 2, 32): Tile(128, 64, 4, 2),
+        ("forward", 2, 64): Tile(128, 64, 4, 2),
+        ("forward", 2, 128): Tile(64, 64, 4, 2),
+        ("forward", 2, 256): Tile(64, 32, 8, 2),
+        ("forward", 4, 16): Tile(64, 32, 4, 1),
+        ("forward", 4, 32): Tile(64, 32, 4, 1),
+        ("forward", 4, 64): Tile(32, 32, 4, 1),
+        ("forward", 4, 128): Tile(32, 16, 4, 1),
+        ("forward", 4, 256): Tile(16, 16, 4, 1),
+        ("rows", 2, 16): Tile(64, 64, 4, 1),
+        ("rows", 2, 32): Tile(64, 64, 4, 1),
+        ("rows", 2, 64): Tile(64, 64, 4, 1),
+        ("rows", 2, 128): Tile(64, 32, 8, 1),
+        ("rows", 2, 256): Tile(32, 32, 8, 1),
+        ("rows", 4, 16): Tile(32, 32, 4, 1),
+        ("rows", 4, 32): Tile(32, 32, 4, 1),
+        ("rows", 4, 64): Tile(32, 16, 4, 1),
+        ("rows", 4, 128): Tile(16, 16, 4, 1),
+        ("rows", 4, 256): Tile(16, 16, 4, 1),
+        ("keys", 2, 16): Tile(64, 64, 4, 1),
+        ("keys", 2, 32): Tile(64, 64, 4, 1),
+        ("keys", 2, 64): Tile(64, 64, 4, 1),
+        ("keys", 2, 128): Tile(64, 32, 8, 1),
+        ("keys", 2, 256): Tile(32, 32, 8, 1),
+        ("keys", 4, 16): Tile(32, 32, 4, 1),
+        ("keys", 4, 32): Tile(32, 32, 4, 1),
+        ("keys", 4, 64): Tile(32, 16, 4, 1),
+        ("keys", 4, 128): Tile(16, 16, 4, 1),
+        ("keys", 4, 256): Tile(16, 16, 8, 1),
+    },
+}
+# Under the interpreter every block costs the same whatever its size, so tiles are few and big.
+INTERPRETED = Tile(256, 128, 4, 1)
+MERGE_ROWS = 64
+MAX_PADDED_DIM = 256
+
+
+def padded(head_dim: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile(kernel: str, capability: int, element_size: int, padded_dim: int, interpreted: bool = False) -> Tile:
+    """Tile of a kernel ("forward", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
+
+    Raises:
+        KeyError: no entry for this element size or padded head dim.
+    """
+    if interpreted:
+        return INTERPRETED
+    key = (kernel, element_size, padded_dim)
+    own = TABLES.get(f"sm{capability}", {})
+    return own[key] if key in own else TABLES["any"][key]
+
+
+def split(count: int, block: int) -> tuple[int, int, int]:
+    """Cut `count` keys into (block, keys covered by whole blocks, last block or 0); the last is a power of two >= 16."""
+    whole = count // block * block
+    rest = count - whole
+    return block, whole, min(padded(rest), block) if rest else 0
