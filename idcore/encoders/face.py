@@ -90,3 +90,12 @@ def choose(faces: Sequence[Face], policy: Policy = "largest") -> Face:
             )
         return faces[0]
     raise InputError(f"Unknown way to choose a face {policy!r}: wanted {', '.join(POLICIES)} or an index.")
+
+
+class Chooses:
+    """Gives an analyzer the method ``choose`` (the function of that name)."""
+
+    @staticmethod
+    def choose(faces: Sequence[Face], policy: Policy = "largest") -> Face:
+        """One face out of ``faces``; see ``idcore.encoders.face.choose``."""
+        return choose(faces, policy)

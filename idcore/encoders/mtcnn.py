@@ -80,7 +80,7 @@ class Mtcnn:
         providers: Providers = "auto",
         *,
         min_size: int = 24,
-        thresholds: tuple[float, float, float] = (0.6, 0.7, 0.8),
+        thresholds: tuple[float, float, float] = (0.6, 0.7, 0.9),
         max_side: int = 1000,
         threads: int | None = None,
         folder: str | Path | None = None,
@@ -90,7 +90,9 @@ class Mtcnn:
         Args:
             providers: see ``OnnxModel``.
             min_size: smallest face side in pixels to look for (at least 12, what P-Net sees; 24 is our choice).
-            thresholds: confidences that P, R and O want (0.6 and 0.7 as in the paper's code, 0.8 our choice).
+            thresholds: confidences that P, R and O want (0.6 and 0.7 as in the paper's code; 0.9 is our choice:
+                averaged over a patch and its mirror image, faces reach 0.99 and chance patches stay below 0.88;
+                drawn faces want 0.8).
             max_side: longest side in pixels of the finest pyramid level (our choice). It bounds the work: on a
                 picture with a longer side L, faces below ``12 * L / max_side`` pixels are not looked for.
             threads: threads within an operator.
@@ -129,13 +131,12 @@ class Mtcnn:
         boxes = _square(_shift(boxes[kept], offsets[kept], 1))
         if not len(boxes):
             return []
-        offsets, points, scores = self._refine(self._o, image, boxes, 48)
+        offsets, points, scores = self._confirm(image, boxes)
         stays = scores > self.thresholds[2]
         boxes, offsets, points, scores = boxes[stays], offsets[stays], points[stays], scores[stays]
-        # Landmarks come as fractions of the square box, the five x first and then the five y. The box's first
-        # pixel begins half a pixel before its centre.
+        # Landmarks are fractions of the box, whose first pixel begins half a pixel before its centre.
         sides = (boxes[:, 2:] - boxes[:, :2] + 1)[:, None]
-        points = boxes[:, None, :2] + points.reshape(-1, 2, 5).transpose(0, 2, 1) * sides - 0.5
+        points = boxes[:, None, :2] + points * sides - 0.5
         boxes = _shift(boxes, offsets, 1)
         faces = [
             Face(boxes[i].astype(np.float32), float(scores[i]), points[i].astype(np.float32), image.size)
@@ -164,12 +165,32 @@ class Mtcnn:
         kept = suppress(all_boxes, all_scores, 0.7)[:_MAX_CANDIDATES]
         return _square(_shift(all_boxes[kept], np.vstack(offsets)[kept], 0)), all_scores[kept]
 
-    def _refine(self, model: OnnxModel, image: Image.Image, boxes: np.ndarray, size: int) -> list[np.ndarray]:
+    def _confirm(self, image: Image.Image, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """O-Net's offsets [N,4], landmarks [N,5,2] (fractions of the box) and confidences [N].
+
+        Each box is read as it is and mirrored, and the two answers are averaged (our choice). A face looks like
+        a face both ways; patches that only chance to pass do not, and the landmarks get steadier.
+        """
+        both = []
+        for mirror in (False, True):
+            offsets, raw, scores = self._refine(self._o, image, boxes, 48, mirror)
+            points = raw.reshape(-1, 2, 5).transpose(0, 2, 1)  # five x first, then five y
+            if mirror:
+                points = points[:, [1, 0, 2, 4, 3]] * (-1, 1) + (1, 0)
+                offsets = offsets[:, [2, 1, 0, 3]] * (-1, 1, -1, 1)
+            both.append((offsets, points, scores))
+        offsets, points, scores = (np.mean(pair, axis=0) for pair in zip(*both, strict=True))
+        return offsets, points, scores
+
+    def _refine(
+        self, model: OnnxModel, image: Image.Image, boxes: np.ndarray, size: int, mirror: bool = False
+    ) -> list[np.ndarray]:
         """A refining network's outputs for the boxes: offsets, landmarks (O-Net only), confidences."""
         parts = []
         for start in range(0, len(boxes), _BATCH):
             chips = [self._crop(image, box, size) for box in boxes[start : start + _BATCH]]
             batch = _normalise(np.stack(chips)).transpose(0, 2, 1, 3)
+            batch = batch[:, ::-1] if mirror else batch
             parts.append(model.run({model.inputs[0]: np.ascontiguousarray(batch)}))
         *rest, faceness = (np.concatenate(column) for column in zip(*parts, strict=True))
         return [*rest, faceness[:, 1]]
