@@ -48,8 +48,8 @@ def find_sites(unet: nn.Module) -> list[Site]:
             sites.append(_site(name, index, attn))
     if not sites:
         raise InputError(
-            f"find_sites: {type(unet).__name__} has {len(processors)} attention layers but no cross-attention; "
-            "an identity needs a text-conditioned UNet (SD 1.5, SDXL)"
+            f"find_sites: {type(unet).__name__} has {len(processors)} attention layers but no cross-attention, "
+            "which an identity needs; give a text-conditioned UNet (SD 1.5, SDXL)"
         )
     return sites
 

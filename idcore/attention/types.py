@@ -1,4 +1,4 @@
-"""The plain values that a system and the attention layer exchange. No torch, no diffusers: cheap to import."""
+"""The plain values that a system and the attention layer exchange. Neither torch nor diffusers is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Site:
     """One cross-attention layer of a UNet that an identity can enter.
 
     Attributes:
-        name: Key in ``unet.attn_processors``, e.g. ``"mid_block.attentions.0.transformer_blocks.0.attn2.processor"``.
+        name: Key in ``unet.attn_processors``: ``"mid_block.attentions.0.transformer_blocks.0.attn2.processor"``.
         index: Place of that key in ``unet.attn_processors`` (self-attention layers are counted: SDXL's
             cross-attentions are 1, 3, ..., 139). Published adapter weights are keyed by it.
         hidden: C, channels of queries, keys and values; ``heads * head_dim``.
@@ -44,7 +44,7 @@ class Site:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How an identity joins the text attention; the arguments of ``idcore.ops.id_attention`` that a system fixes.
+    """How an identity joins the text attention: arguments of ``idcore.ops.id_attention`` that a system fixes.
 
     Attributes:
         merge: ``"add"``, ``"ortho"`` or ``"ortho_v2"``.
@@ -58,7 +58,7 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if self.merge not in MERGES:
-            raise InputError(f"attention options: merge must be one of {', '.join(MERGES)}, got {self.merge!r}")
+            raise InputError(f"attention options: merge must be one of {MERGES}, got {self.merge!r}")
         for name, least in (("num_zero", 0), ("num_global", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

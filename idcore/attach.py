@@ -1,0 +1,200 @@
+"""`attach`: put identities on a diffusers pipeline or UNet, and take them off again without a trace."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention.conditioning import Conditioning, guidance_rows, people_of
+from .attention.explaining import check_backend, describe
+from .attention.sites import attention_of, unwrap
+from .attention.stack import IdStack, stack_of
+from .errors import InputError
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def attach(
+    pipe_or_unet: Any,
+    system: Any,
+    identity: Any,
+    *,
+    id_scale: Any = 1.0,
+    id_mask: Any = None,
+    cfg: Any = "auto",
+    backend: str | None = None,
+    **options: Any,
+) -> Handle:
+    """Put identities on a diffusers pipeline or UNet.
+
+    Every cross-attention layer that the system names gets a processor that adds the identity to the text
+    attention through one `idcore.ops.id_attention` call. LoRA and IP-Adapter may be loaded before or after.
+    Several attaches on one UNet add up, each relative to the text attention, and may be detached in any order.
+    Either everything is attached or, with an exception, nothing. One UNet must not be attached, detached or
+    changed while another thread runs it; different UNets are independent.
+
+    Args:
+        pipe_or_unet: A pipeline with a `unet` (SD 1.x, SD 2.x, SDXL and their img2img, inpaint, ControlNet forms),
+            or the UNet, compiled or not.
+        system: An object that meets `idcore.systems.base.System`, e.g. PuLID.
+        identity: An `Identity` (one row for all images, or one row per image of the batch), or a list of them:
+            several people in one image.
+        id_scale: Strength, usually 0 to 5. A number; a mapping per layer as in diffusers' `set_ip_adapter_scale`
+            (``{"up": {"block_0": [0.0, 1.0, 0.0]}}``, layers that are not named get 0); a list with one of these per
+            identity; or a float32 tensor [] or [n], read at every call. The number 0 is bit-equal to not attached.
+        id_mask: Where each identity acts; see `Handle.masks`.
+        cfg: How a UNet batch is made. "auto": from a pipeline, its own guidance state at each call; from a bare
+            UNet, as False. True: [uncond, cond] halves. False: cond only. A tuple such as
+            ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An identity without `uncond_tokens` does
+            not act on uncond parts.
+        backend: Backend of `id_attention` to insist on. Default: the first that can run each call.
+        **options: `merge`, `num_zero`, `num_global` in place of the system's own.
+
+    Returns:
+        A `Handle`; also a context manager that detaches at its end.
+
+    Raises:
+        InputError: what was given does not fit together; the text says what does.
+        NoBackendError: the named backend cannot run on this model, with its reasons.
+    """
+    pipe, unet = _parts(pipe_or_unet)
+    sites = list(system.sites(unet))
+    if not sites:
+        raise InputError(f"attach: system {system.name!r} names no layer of this {type(unet).__name__}")
+    conditioning = Conditioning(
+        system,
+        people_of(identity, system),
+        sites,
+        system.options.updated(**options),
+        guidance_rows(cfg, pipe),
+        backend,
+    )
+    conditioning.set_scale(id_scale)
+    conditioning.set_masks(id_mask)
+    place = _place(unet, conditioning)
+    check_backend(unet, conditioning, place)
+    if place is not None:
+        conditioning.fill(*place)
+    stack = stack_of(unet)
+    stack.add(unet, conditioning)
+    return Handle(unet, stack, conditioning)
+
+
+class Handle:
+    """Identities attached to a UNet: change them, look at them, take them off.
+
+    Changes take effect at the next forward, without attaching anew. In a UNet compiled with torch.compile,
+    new numbers from `scale` and new identities of the same shape do not compile anew.
+    """
+
+    def __init__(self, unet: nn.Module, stack: IdStack, conditioning: Conditioning) -> None:
+        self._unet = unet
+        self._stack = stack
+        self._conditioning = conditioning
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        c = self._conditioning
+        state = "attached" if self.attached else "detached"
+        return f"Handle({c.system.name}, {len(c.people)} identities, {len(c.sites)} layers, {state})"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the identities are on the UNet."""
+        return any(c is self._conditioning for c in self._stack.layers)
+
+    def detach(self) -> None:
+        """Take the identities off; layers that no other attach uses get the very processor objects back that were
+        found there (or keep those that were installed since, e.g. by `load_ip_adapter`). May be called again."""
+        if self.attached:
+            self._stack.remove(self._unet, self._conditioning)
+            self._conditioning.refresh()
+
+    def scale(self, id_scale: Any) -> None:
+        """Set the strength; the forms of `attach`'s id_scale. Raises InputError and changes nothing if it is wrong."""
+        self._conditioning.set_scale(id_scale)
+
+    def identity(self, identity: Any) -> None:
+        """Swap the identities. Scales stay; masks stay if the number of identities does.
+
+        Raises:
+            InputError: they do not fit; the old identities stay.
+        """
+        c = self._conditioning
+        old = c.people
+        c.set_people(people_of(identity, c.system))
+        try:
+            place = _place(self._unet, c)
+            if place is not None:
+                c.fill(*place)
+        except BaseException:
+            c.set_people(old)
+            raise
+
+    def masks(self, id_mask: Any) -> None:
+        """Set where each identity acts, or None: everywhere.
+
+        Args:
+            id_mask: For one identity a mask, for several a list with a mask or None each; also the result of
+                diffusers' `IPAdapterMaskProcessor.preprocess`. A mask is a PIL image, an array or a tensor [H, W]
+                (or [images, H, W]), bool, uint8 or 0..1; it is stretched over the whole picture and averaged
+                over each image token's cell.
+        """
+        self._conditioning.set_masks(id_mask)
+
+    def refresh(self) -> None:
+        """Project keys and values anew, and put processors back that others replaced, without a forward.
+
+        Needed only if weights were changed behind autograd's back (`.data`), or after `load_ip_adapter` on a
+        compiled UNet.
+        """
+        self._conditioning.refresh()
+        if self.attached:
+            self._stack.reconcile()
+
+    def explain(self) -> str:
+        """Text: layers, scales, merge, guidance, what stands under each processor, and the backend each layer takes
+        with what speaks against the faster ones."""
+        return describe(self._unet, self._stack, self._conditioning, self.attached)
+
+
+def _parts(pipe_or_unet: Any) -> tuple[Any, nn.Module]:
+    """(pipeline or None, UNet)"""
+    target = unwrap(pipe_or_unet)
+    if isinstance(target, nn.Module):
+        return None, target
+    unet = unwrap(getattr(target, "unet", None))
+    if isinstance(unet, nn.Module):
+        return target, unet
+    what = "has a transformer in place of a UNet" if getattr(target, "transformer", None) is not None else "has no unet"
+    raise InputError(
+        f"attach: wanted a diffusers pipeline with a UNet (SD 1.x, SD 2.x, SDXL) or that UNet; {type(target).__name__} {what}"
+    )
+
+
+def _place(unet: nn.Module, conditioning: Conditioning) -> tuple[torch.dtype, torch.device] | None:
+    """dtype and device in which the layers will ask for keys and values; None if that shows only when they run."""
+    site = next(iter(conditioning.sites.values()))
+    weight = next(attention_of(unet, site).to_q.parameters(), None)
+    if weight is None or weight.device.type == "meta" or weight.dtype not in _FLOATS:
+        return None
+    return weight.dtype, weight.device
+
+
+class _CallableModule(types.ModuleType):
+    """`idcore.attach` names both this module and the function; whichever was loaded first, it can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Handle:
+        return attach(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

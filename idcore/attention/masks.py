@@ -1,0 +1,116 @@
+"""Region masks of identities: from user's forms to one weight per image token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def read_masks(masks: Any, count: int) -> tuple[Tensor | None, ...]:
+    """One float32 mask [1 or n, H, W] per identity, or None (everywhere).
+
+    Args:
+        masks: None; for one identity a mask; a sequence with one mask or None per identity; a tensor
+            [count, H, W]; or diffusers' `IPAdapterMaskProcessor.preprocess` result [count, 1, H, W], also as
+            its list form [[1, count, H, W]]. A mask is a PIL image, array or tensor [H, W] (one for all
+            images) or [n, H, W] (one per image of the batch, without the guidance halves); bool, uint8 0..255 or
+            float 0..1. Whatever its size, it is stretched over the whole picture.
+        count: number of identities.
+
+    Raises:
+        InputError: wrong number, rank, dtype or range.
+    """
+    if masks is None:
+        return (None,) * count
+    if isinstance(masks, (list, tuple)):
+        items = list(masks)
+        if len(items) == 1 and count > 1:
+            items = _split(_tensor(items[0]), count)
+    else:
+        items = _split(_tensor(masks), count)
+    if len(items) != count:
+        raise InputError(f"id_mask: {count} identities need {count} masks (None for everywhere), got {len(items)}")
+    return tuple(None if m is None else _one(_tensor(m), j) for j, m in enumerate(items))
+
+
+def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Token grid (rows, columns) of a layer with `tokens` queries in a UNet whose input is height x width.
+
+    A diffusers UNet halves each side, rounding up, once per resolution.
+
+    Raises:
+        InputError: no number of halvings gives that many tokens.
+    """
+    h, w = height, width
+    while True:
+        if h * w == tokens:
+            return h, w
+        if h * w < tokens or (h == 1 and w == 1):
+            raise InputError(
+                f"id_mask: a layer has {tokens} image tokens, which no halving of the latent {height}x{width} "
+                "gives; masks work on UNets that halve height and width at each resolution"
+            )
+        h, w = (h + 1) // 2, (w + 1) // 2
+
+
+def to_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean of the mask over each token's cell. [n, H, W] -> [n, rows * columns], 0..1
+
+    Area averaging (our choice; diffusers: bicubic) keeps the range and is exactly 0 where a whole cell is 0.
+    """
+    return F.adaptive_avg_pool2d(mask[:, None], grid).flatten(1)
+
+
+def _tensor(mask: Any) -> Tensor:
+    if mask is None:
+        raise InputError("id_mask: None stands for one identity in a list; pass None itself to drop all masks")
+    if isinstance(mask, Tensor):
+        t = mask
+    else:
+        if hasattr(mask, "convert"):
+            mask = mask.convert("L")
+        try:
+            t = torch.from_numpy(np.ascontiguousarray(mask))
+        except TypeError as e:
+            raise InputError(
+                f"id_mask: wanted a PIL image, an array or a tensor [H, W], got {type(mask).__name__}"
+            ) from e
+    if t.dtype == torch.uint8:
+        t = t.float() / 255
+    if t.dtype != torch.bool and not t.dtype.is_floating_point:
+        raise InputError(f"id_mask: wanted bool, uint8 (0..255) or float (0..1), got {t.dtype}")
+    return t.detach().to(torch.float32)
+
+
+def _split(t: Tensor, count: int) -> list[Tensor]:
+    if count == 1:
+        return [t]
+    if t.dim() == 4 and t.shape[0] == 1:
+        t = t[0]
+    if t.dim() not in (3, 4) or t.shape[0] != count:
+        raise InputError(
+            f"id_mask: {count} identities need [{count}, H, W], [{count}, 1, H, W] or a list of {count} masks, "
+            f"got one of shape {list(t.shape)}"
+        )
+    return list(t)
+
+
+def _one(t: Tensor, j: int) -> Tensor:
+    if t.dim() == 2:
+        t = t[None]
+    if t.dim() == 4 and t.shape[1] == 1:
+        t = t[:, 0]
+    if t.dim() != 3 or t.numel() == 0:
+        raise InputError(f"id_mask: mask {j} must be [H, W] or [images, H, W], got {list(t.shape)}")
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise InputError(
+            f"id_mask: mask {j} must lie in 0..1 (uint8: 0..255), got {float(t.min()):g}..{float(t.max()):g}"
+        )
+    return t

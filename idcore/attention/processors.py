@@ -1,0 +1,257 @@
+"""The attention processor that adds identities to one cross-attention layer of a diffusers UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import id_attention
+from .compose import accepted, added_branches, before_output, kind_of, split_text
+from .types import Site
+
+if TYPE_CHECKING:
+    from .conditioning import Branch, Conditioning
+    from .stack import IdStack
+
+
+@dataclass(eq=False)
+class Binding:
+    """What ties a processor to its layer: the stack that it reads, and the processor found there before."""
+
+    stack: IdStack
+    site: Site
+    found: Any
+    kind: str = ""
+    accepts: frozenset[str] = field(default_factory=frozenset)
+    seen: tuple | None = None  # `TextCall.facts()` of the last eager call
+
+    def __post_init__(self) -> None:
+        self.kind = kind_of(self.found, self.site.name)
+        self.accepts = accepted(self.found)
+
+    def run_found(self, attn: nn.Module, states: Tensor, given: dict[str, Any]) -> Tensor:
+        """The layer as if nothing were attached."""
+        return self.found(attn, states, **self.pick(given))
+
+    def pick(self, given: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The arguments that were given and that the found processor takes."""
+        takes_all = "kwargs" in self.accepts
+        return {
+            k: v for k, v in given.items() if v is not None and k not in but and (k in self.accepts or takes_all)
+        }
+
+
+class IdAttnProcessor:
+    """Text attention and identity attention of one cross-attention layer through one `id_attention` call.
+
+    `attn.to_q`, `to_k`, `to_v` and `to_out` are called as modules, so LoRA (peft) acts as it does without us.
+    Over a processor that adds branches of its own (diffusers' IP-Adapter), the result is text + its branches +
+    identity, whichever came first; over any other processor that ends in `attn.to_out`, its result + identity.
+    Identities always merge with the text attention alone ("ortho" projects on it), so order never matters.
+
+    Made without arguments (as diffusers' loaders do when they copy processors) it is plain text attention until
+    the UNet's next forward puts the real one back.
+    """
+
+    id_binding: Binding | None = None
+
+    def __init__(self) -> None:
+        self.id_binding = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        binding = self.id_binding
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "temb": temb,
+            "ip_adapter_masks": ip_adapter_masks,
+        }
+        if binding is None:
+            return _plain()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        active = binding.stack.active(binding.site.name)
+        if not active:
+            return binding.run_found(attn, hidden_states, given)
+        return _conditioned(binding, active, attn, hidden_states, given)
+
+
+def make_processor(stack: IdStack, site: Site, found: Any) -> IdAttnProcessor:
+    """A processor for one layer, to be put in place of `found`.
+
+    Where `found` is an nn.Module (IP-Adapter), so is the new one, of a class that derives from `found`'s and shares its
+    weights and attributes: state dicts keep their keys, `unet.to(...)` moves the weights, and diffusers' own
+    `set_ip_adapter_scale` and `unload_ip_adapter` still find what they look for.
+    """
+    binding = Binding(stack, site, found)
+    if not isinstance(found, nn.Module):
+        made = IdAttnProcessor()
+    else:
+        mirrored = {k: _mirror(k) for k in vars(found) if not k.startswith("_")}
+        cls = type(f"IdOver{type(found).__name__}", (IdAttnProcessor, type(found)), mirrored)
+        made = cls.__new__(cls)
+        made.__dict__.update({k: v for k, v in vars(found).items() if k.startswith("_")})
+    made.__dict__["id_binding"] = binding
+    return made
+
+
+def _mirror(name: str) -> property:
+    def read(self: IdAttnProcessor) -> Any:
+        return getattr(self.id_binding.found, name)
+
+    def write(self: IdAttnProcessor, value: Any) -> None:
+        setattr(self.id_binding.found, name, value)
+
+    return property(read, write)
+
+
+def _plain() -> Any:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0()
+
+
+def _conditioned(
+    binding: Binding, active: list[Conditioning], attn: nn.Module, hidden_states: Tensor, given: dict[str, Any]
+) -> Tensor:
+    residual = hidden_states
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, given["temb"])
+    image = hidden_states.shape if hidden_states.ndim == 4 else None
+    if image is not None:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+    result = _before_output(binding, active, attn, hidden_states, image, given)
+
+    result = attn.to_out[0](result)
+    result = attn.to_out[1](result)
+    if image is not None:
+        result = result.transpose(-1, -2).reshape(image)
+    if attn.residual_connection:
+        result = result + residual
+    return result / attn.rescale_output_factor
+
+
+def _before_output(
+    binding: Binding,
+    active: list[Conditioning],
+    attn: nn.Module,
+    states: Tensor,
+    image: torch.Size | None,
+    given: dict[str, Any],
+) -> Tensor:
+    """Text, found processor's own branches and identities, before the output projection. [B, Lq, C]"""
+    found, kind = binding.found, binding.kind
+    text, pictures = split_text(found, kind, given["encoder_hidden_states"])
+    query = attn.to_q(states)
+    key, value = _text_kv(binding, attn, states, text)
+    call = TextCall(attn, query, key, value, given["attention_mask"])
+    size = binding.stack.size() if image is None else tuple(image[-2:])
+    groups = _groups(active, binding.site.name, call.q, size)
+    if not torch.compiler.is_compiling():
+        binding.seen = call.facts()
+    if kind == "other":
+        extra = binding.pick(given, but=("encoder_hidden_states", "attention_mask", "temb"))
+        total = before_output(found, attn, states, query, given["encoder_hidden_states"], given["attention_mask"], extra)
+    else:
+        total = call.joined(groups.pop(0))
+    if groups:
+        plain = call.joined(None)
+        for group in groups:
+            total = total + (call.joined(group) - plain)
+    if kind == "adds":
+        extra = binding.pick(given, but=("encoder_hidden_states", "attention_mask", "temb"))
+        total = total + added_branches(found, attn, states, query, key, (text, pictures), extra)
+    return total
+
+
+class Group(NamedTuple):
+    """Identities with the same options and backend: one op call."""
+
+    conditioning: Conditioning  # the first of the group; options and backend are the same for all
+    branches: list[Branch]
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """Keyword arguments of `id_attention`."""
+        masks = [m for b in self.branches for m in (b.mask or [None] * len(b.k))]
+        options = self.conditioning.options
+        return {
+            "k_id": [k for b in self.branches for k in b.k],
+            "v_id": [v for b in self.branches for v in b.v],
+            "id_scale": self._scale(batch),
+            "id_mask": masks if any(m is not None for m in masks) else None,
+            "merge": options.merge,
+            "num_zero": options.num_zero,
+            "num_global": options.num_global,
+            "backend": self.conditioning.backend,
+        }
+
+    def _scale(self, batch: int) -> Any:
+        scales = [b.scale for b in self.branches]
+        if all(isinstance(s, tuple) for s in scales):
+            return [x for s in scales for x in s]
+        if len(scales) == 1:
+            return scales[0]
+        device = self.branches[0].k[0].device
+        wide = []
+        for s in scales:
+            t = s if isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float32, device=device)
+            wide.append(t if t.dim() == 2 else t[:, None].expand(-1, batch))
+        return torch.cat(wide)
+
+
+def _groups(active: list[Conditioning], name: str, q: Tensor, size: tuple[int, int] | None) -> list[Group]:
+    groups: dict[Any, Group] = {}
+    for c in active:
+        group = groups.setdefault((c.options, c.backend), Group(c, []))
+        group.branches.append(c.branch(name, q, size))
+    return list(groups.values())
+
+
+class TextCall:
+    """Queries and text of one call, in the form of `id_attention`."""
+
+    def __init__(self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        self.q, self.k, self.v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        if attn.norm_q is not None:
+            self.q = attn.norm_q(self.q)
+        if attn.norm_k is not None:
+            self.k = attn.norm_k(self.k)
+        self.bias = None
+        if mask is not None:
+            batch, tokens = key.shape[:2]
+            mask = attn.prepare_attention_mask(mask, tokens, batch)
+            self.bias = mask.view(batch, attn.heads, -1, mask.shape[-1])
+
+    def joined(self, group: Group | None) -> Tensor:
+        """Text attention with a group's identities, heads side by side. [B, Lq, C]"""
+        more = {} if group is None else group.arguments(self.q.shape[0])
+        return id_attention(self.q, self.k, self.v, text_bias=self.bias, **more).transpose(1, 2).flatten(2)
+
+    def facts(self) -> tuple:
+        """What `explain` needs to know of the last call."""
+        grad = torch.is_grad_enabled() and self.q.requires_grad
+        return self.q.shape, self.k.shape[2], self.q.dtype, self.q.device.type, self.bias is not None, grad
+
+
+def _text_kv(binding: Binding, attn: nn.Module, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the text. [B, Lt, C] twice"""
+    if text is None:
+        text = states
+    elif attn.norm_cross is not None:
+        text = attn.norm_encoder_hidden_states(text)
+    # The layer keeps its fused weights after diffusers' unfuse, so only the processor tells which to use.
+    if type(binding.found).__name__ == "FusedAttnProcessor2_0":
+        return attn.to_kv(text).chunk(2, dim=-1)
+    return attn.to_k(text), attn.to_v(text)

@@ -1,0 +1,1 @@
+"""Helpers for tests of code that embeds idcore; shipped with the package."""
