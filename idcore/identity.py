@@ -113,6 +113,7 @@ class Identity:
             meta = json.loads(header.get("meta", "{}"))
         except ValueError as e:
             raise WeightsError(f"{path}: the identity's meta is damaged ({e}); encode the photos again") from e
+        tensors = {k: t.clone() for k, t in tensors.items()}  # away from the file, which may be overwritten
         return cls(tensors["tokens"], tensors.get("uncond_tokens"), header.get("system", ""), meta)
 
     @classmethod

@@ -67,7 +67,8 @@ def read_safetensors(path: str | os.PathLike, *, what: str = "weights", check_fi
         keep: Read only the keys that begin so.
 
     Returns:
-        Tensors by key, and the file's metadata (strings).
+        Tensors by key, and the file's metadata (strings). The tensors may lie in the mapped file, unaligned:
+        copy what is to be computed with, or the last bit depends on where in the file a tensor stood.
 
     Raises:
         WeightsError: missing, empty, truncated, not safetensors, or not finite.

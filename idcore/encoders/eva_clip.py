@@ -176,8 +176,9 @@ class EvaClipVisual(nn.Module):
         """
         c = self.config
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, c.image_size, c.image_size):
-            raise InputError(f"EVA-CLIP: pixels must be [N, 3, {c.image_size}, {c.image_size}], "
-                             f"got {list(pixels.shape)}")
+            raise InputError(
+                f"EVA-CLIP: pixels must be [N, 3, {c.image_size}, {c.image_size}], got {list(pixels.shape)}"
+            )
         x = self.patch_embed(pixels)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
@@ -189,8 +190,9 @@ class EvaClipVisual(nn.Module):
         return self.head(self.norm(x[:, 0])), tuple(tapped[i] for i in c.taps)
 
     @classmethod
-    def from_weights(cls, path: str | os.PathLike, *, config: EvaClipConfig | None = None,
-                     dtype: torch.dtype = torch.float32) -> EvaClipVisual:
+    def from_weights(
+        cls, path: str | os.PathLike, *, config: EvaClipConfig | None = None, dtype: torch.dtype = torch.float32
+    ) -> EvaClipVisual:
         """Load the tower from a safetensors file; keys with ``visual.`` in front, or without.
 
         The published ``EVA02_CLIP_L_336_psz14_s6B.pt`` is a torch pickle: convert it once with
@@ -202,8 +204,10 @@ class EvaClipVisual(nn.Module):
         """
         state, _ = read_safetensors(path, what="EVA-CLIP weights")
         if detect(state)[0] != "eva_clip":
-            raise WeightsError(f"{path} is not an EVA02-CLIP file: it has no blocks.*.attn.inner_attn_ln; wanted "
-                               "EVA02_CLIP_L_336_psz14_s6B, converted to safetensors")
+            raise WeightsError(
+                f"{path} is not an EVA02-CLIP file: it has no blocks.*.attn.inner_attn_ln; wanted "
+                "EVA02_CLIP_L_336_psz14_s6B, converted to safetensors"
+            )
         if any(k.startswith("visual.") for k in state):
             state = {k.removeprefix("visual."): t for k, t in state.items() if k.startswith("visual.")}
         with torch.device("meta"):
@@ -211,7 +215,7 @@ class EvaClipVisual(nn.Module):
         ropes = {k: state.pop(k) for k in list(state) if ".rope." in f".{k}"}
         _check_ropes(ropes, tower.config, path)
         require_keys(state, {k: t.shape for k, t in tower.state_dict().items()}, f"EVA-CLIP weights {path}")
-        tower.load_state_dict({k: t.to(dtype) for k, t in state.items()}, assign=True)
+        tower.load_state_dict({k: t.to(dtype, copy=True) for k, t in state.items()}, assign=True)
         tower._set_rope()
         tower.weights_hash = fingerprint(state)
         return tower.eval().requires_grad_(False)
@@ -224,6 +228,8 @@ def _check_ropes(found: dict[str, Tensor], config: EvaClipConfig, path: str | os
         if want is None:
             raise WeightsError(f"{path}: unexpected key {key}; wanted rope.freqs_cos and rope.freqs_sin")
         if table.shape != want.shape or float((table.float() - want).abs().max()) > _ROPE_TOLERANCE:
-            raise WeightsError(f"{path}: {key} {list(table.shape)} is not the rotary table of a {config.grid}x"
-                               f"{config.grid} grid scaled to {config.rope_grid} (wanted {list(want.shape)}); "
-                               "it is the tower of another resolution")
+            raise WeightsError(
+                f"{path}: {key} {list(table.shape)} is not the rotary table of a {config.grid}x"
+                f"{config.grid} grid scaled to {config.rope_grid} (wanted {list(want.shape)}); "
+                "it is the tower of another resolution"
+            )

@@ -147,8 +147,9 @@ class BiSeNet(nn.Module):
             [N, H, W] int64.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
-            raise InputError("face parsing: images must be [N, 3, H, W] with H and W multiples of 32, "
-                             f"got {list(images.shape)}")
+            raise InputError(
+                f"face parsing: images must be [N, 3, H, W] with H and W multiples of 32, got {list(images.shape)}"
+            )
         weight = self.ffm.conv1.weight
         x = images.to(weight.device, weight.dtype)
         mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -165,6 +166,6 @@ class BiSeNet(nn.Module):
         with torch.device("meta"):
             net = cls()
         require_keys(state, {k: t.shape for k, t in net.state_dict().items()}, f"face parsing weights {path}")
-        net.load_state_dict(state, assign=True)
+        net.load_state_dict({k: t.clone() for k, t in state.items()}, assign=True)
         net.weights_hash = fingerprint(state)
         return net.eval().requires_grad_(False)

@@ -145,7 +145,7 @@ class PuLID(nn.Module):
         with torch.device("meta"):
             system = cls(config, mode=mode, preprocess=preprocess)
         require_keys(state, {k: t.shape for k, t in system.state_dict().items()}, f"PuLID weights {path}")
-        system.load_state_dict({k: t.to(dtype) for k, t in state.items()}, assign=True)
+        system.load_state_dict({k: t.to(dtype, copy=True) for k, t in state.items()}, assign=True)
         system._weights_hash = _encoder_hash(state)
         return system.eval().requires_grad_(False)
 
