@@ -3,16 +3,15 @@
 Three layouts of PuLID's SDXL adapters are read (all hold the same tensors):
 
 - ``pulid``: ``id_adapter.*`` and ``id_adapter_attn_layers.{odd}.id_to_{k,v}.weight`` (v1.1 safetensors);
-- ``ip_adapter``: ``image_proj.*`` and ``ip_adapter.{odd}.to_{k,v}_ip.weight`` (community re-key);
+- ``community``: ``image_proj.*`` and ``ip_adapter.{odd}.to_{k,v}_ip.weight`` (community re-key);
 - v1's torch pickle with the keys of ``pulid``: never opened in passing, only by :func:`convert_pickle`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from idcore.errors import WeightsError
-from idcore.files import check_container, sniff
+from idcore.errors import InputError, WeightsError
+from idcore.files import (
+    check_container,
+    fingerprint,
+    first_few,
+    read_safetensors,
+    require_finite,
+    require_keys,
+    sniff,
+    write_safetensors,
+)
 
-PULID_LAYOUTS = ("pulid", "ip_adapter")
+__all__ = [
+    "PULID_LAYOUTS",
+    "WeightsInfo",
+    "convert_pickle",
+    "convert_pulid",
+    "describe",
+    "detect",
+    "fingerprint",
+    "read_pulid",
+    "read_safetensors",
+    "require_finite",
+    "require_keys",
+    "to_layout",
+    "write_safetensors",
+]
+
+PULID_LAYOUTS = ("pulid", "community")
 _SITE = re.compile(r"^id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight$")
 _SITE_IP = re.compile(r"^ip_adapter\.(\d+)\.to_([kv])_ip\.weight$")
 _BLOCK_ROPE = re.compile(r"^visual\.blocks\.\d+\.attn\.rope\.")
@@ -35,7 +59,7 @@ _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 class WeightsInfo:
     """What a weights file holds, read from its header alone.
 
-    ``layout`` is "pulid", "ip_adapter", "pulid_flux", "eva_clip", "bisenet", "identity" or "unknown";
+    ``layout`` is "pulid", "community", "pulid_flux", "eva_clip", "bisenet", "identity" or "unknown";
     ``version`` is "v1" or "v1.1" for PuLID, else "". ``dtypes`` counts tensors per dtype name.
     """
 
@@ -56,127 +80,6 @@ class WeightsInfo:
         return line + f"{self.parameters:,} numbers" + (f"; {self.note}" if self.note else "")
 
 
-def read_safetensors(path: str | os.PathLike, *, what: str = "weights", check_finite: bool = True,
-                     keep: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file to CPU tensors in the file's dtypes.
-
-    Args:
-        path: The file.
-        what: Named in errors ("PuLID weights").
-        check_finite: Refuse a tensor with NaN or infinity, naming it.
-        keep: Read only the keys that begin so.
-
-    Returns:
-        Tensors by key, and the file's metadata (strings). The tensors may lie in the mapped file, unaligned:
-        copy what is to be computed with, or the last bit depends on where in the file a tensor stood.
-
-    Raises:
-        WeightsError: missing, empty, truncated, not safetensors, or not finite.
-    """
-    path = Path(path)
-    check_container(path, what)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys() if k.startswith(keep)}  # noqa: SIM118
-            metadata = dict(f.metadata() or {})
-    except (SafetensorError, OSError) as e:
-        raise WeightsError(f"{what}: {path} is not a readable safetensors file ({e}); fetch it again") from e
-    if check_finite:
-        require_finite(tensors, f"{what} {path}")
-    return tensors, metadata
-
-
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor],
-                      metadata: Mapping[str, str] | None = None) -> Path:
-    """Write all or nothing: a staging file beside ``path``, flushed to disk, then renamed over it.
-
-    Raises:
-        WeightsError: the folder is missing or read-only, or the disk is full. What stood at ``path`` before
-            is still there.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(_separate(tensors), str(staging), metadata=dict(metadata or {}))
-        with open(staging, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(staging, path)
-    except (OSError, SafetensorError) as e:
-        raise WeightsError(_why_not_written(path, tensors, e)) from e
-    finally:
-        try:
-            staging.unlink(missing_ok=True)
-        except OSError:  # no folder to clean, or one that cannot be written: nothing was left there
-            pass
-    return path
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with its own memory (safetensors refuses shared storage)."""
-    seen: set[int] = set()
-    out = {}
-    for key, t in tensors.items():
-        t = t.detach().contiguous()
-        where = t.untyped_storage().data_ptr()
-        out[key] = t.clone() if where in seen else t
-        seen.add(where)
-    return out
-
-
-def _why_not_written(path: Path, tensors: Mapping[str, Tensor], cause: Exception) -> str:
-    need = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
-    try:
-        free = f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free there"
-    except OSError:
-        free = f"the folder {path.parent} does not exist or cannot be read"
-    return (f"could not write {path}: {cause}; wanted a writable folder with {need:.1f} MiB free, "
-            f"found {free}. Nothing that stood at this path was touched")
-
-
-def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise WeightsError naming the floating tensors that hold NaN or infinity (first 5 and the count)."""
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        raise WeightsError(f"{what}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_first(bad)}; "
-                           "the file is damaged or its training diverged: fetch it again")
-
-
-def require_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Iterable[int]], what: str) -> None:
-    """Raise WeightsError unless ``found`` has exactly the wanted keys and shapes.
-
-    The message names the first 5 and the count of missing, unexpected and wrong-shaped keys.
-    """
-    shapes = {k: tuple(s) for k, s in wanted.items()}
-    missing = [k for k in shapes if k not in found]
-    extra = [k for k in found if k not in shapes]
-    wrong = [f"{k} (wanted {list(shapes[k])}, got {list(t.shape)})" for k, t in found.items()
-             if k in shapes and tuple(t.shape) != shapes[k]]
-    named = (("missing", missing), ("unexpected", extra), ("of the wrong shape", wrong))
-    parts = [f"{len(keys)} {label}: {_first(keys)}" for label, keys in named if keys]
-    if parts:
-        raise WeightsError(f"{what}: wanted {len(shapes)} tensors, got {len(found)}; " + "; ".join(parts)
-                           + ". Is it the right file and version? `idcore.weights.describe(path)` tells")
-
-
-def _first(names: list[str], n: int = 5) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """"sha256:..." over names, dtypes, shapes and bytes, whatever the order of the keys."""
-    h = hashlib.sha256()
-    for key in sorted(tensors):
-        t = tensors[key].detach().cpu().contiguous()
-        h.update(f"{key} {t.dtype} {list(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{h.hexdigest()}"
-
-
 def detect(keys: Iterable[str]) -> tuple[str, str]:
     """(layout, PuLID version) that these keys speak of; ("unknown", "") where none."""
     keys = set(keys)
@@ -189,7 +92,7 @@ def detect(keys: Iterable[str]) -> tuple[str, str]:
     if any(k.startswith(("id_adapter.", "id_adapter_attn_layers.")) for k in keys):
         return "pulid", version("id_adapter")
     if any(_SITE_IP.match(k) for k in keys):
-        return "ip_adapter", version("image_proj")
+        return "community", version("image_proj")
     if any(k.endswith("blocks.0.attn.inner_attn_ln.weight") for k in keys):
         return "eva_clip", ""
     if "cp.resnet.conv1.weight" in keys:
@@ -240,7 +143,7 @@ def convert_pickle(src: str | os.PathLike, dst: str | os.PathLike) -> WeightsInf
     flat, skipped = _flatten(loaded)
     if not flat:
         raise WeightsError(f"{src} holds no tensors by name; wanted a state dict")
-    left_out = f"left out {len(skipped)} entries that are no tensors: {_first(skipped)}" if skipped else ""
+    left_out = f"left out {len(skipped)} entries that are no tensors: {first_few(skipped)}" if skipped else ""
     if detect(flat)[0] == "eva_clip":
         kept = {k: t for k, t in flat.items() if k.startswith("visual.") and not _BLOCK_ROPE.match(k)}
         left_out = f"left out {len(flat) - len(kept)} tensors that are not the visual tower"
@@ -276,13 +179,14 @@ def _flatten(loaded: object) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def to_layout(key: str, layout: str) -> str:
-    """A PuLID key in another layout ("pulid" or "ip_adapter"); an unknown key comes back as it is."""
+    """A PuLID key in another layout ("pulid" or "community"); an unknown key comes back as it is."""
     m = _SITE.match(key) or _SITE_IP.match(key)
     if m:
         index, kv = m.groups()
-        ip = layout == "ip_adapter"
-        return f"ip_adapter.{index}.to_{kv}_ip.weight" if ip else f"id_adapter_attn_layers.{index}.id_to_{kv}.weight"
-    old, new = ("id_adapter.", "image_proj.") if layout == "ip_adapter" else ("image_proj.", "id_adapter.")
+        if layout == "community":
+            return f"ip_adapter.{index}.to_{kv}_ip.weight"
+        return f"id_adapter_attn_layers.{index}.id_to_{kv}.weight"
+    old, new = ("id_adapter.", "image_proj.") if layout == "community" else ("image_proj.", "id_adapter.")
     return new + key.removeprefix(old) if key.startswith(old) else key
 
 
@@ -309,3 +213,36 @@ def read_pulid(path: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]
             raise WeightsError(f"{path} mixes two layouts: {key} and another key both stand for {new}")
         out[new] = t
     return out, info
+
+
+def convert_pulid(src: str | os.PathLike, dst: str | os.PathLike, *, layout: str = "pulid",
+                  unpickle: bool = False) -> WeightsInfo:
+    """Write a PuLID file in another layout, as safetensors, dtypes unchanged.
+
+    Args:
+        src: Safetensors in any layout, or with ``unpickle`` a torch pickle (see :func:`convert_pickle`).
+        dst: The safetensors file to write.
+        layout: "pulid" or "community".
+        unpickle: Allow a torch pickle; nothing of it but tensors is read.
+
+    Raises:
+        InputError: another layout.
+        WeightsError: as in :func:`read_pulid`, :func:`convert_pickle` and :func:`write_safetensors`.
+    """
+    if layout not in PULID_LAYOUTS:
+        raise InputError(f"convert_pulid: layout must be 'pulid' or 'community', got {layout!r}")
+    dst = Path(dst)
+    if not (unpickle and sniff(src) == "torch pickle"):
+        return _write_layout(src, dst, layout)
+    between = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.unpickled")
+    try:
+        convert_pickle(src, between)
+        return _write_layout(between, dst, layout)
+    finally:
+        between.unlink(missing_ok=True)
+
+
+def _write_layout(src: str | os.PathLike, dst: Path, layout: str) -> WeightsInfo:
+    state, info = read_pulid(src)
+    write_safetensors(dst, {to_layout(k, layout): t for k, t in state.items()}, info.metadata)
+    return describe(dst)

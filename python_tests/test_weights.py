@@ -14,6 +14,7 @@ from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.weights import (
     convert_pickle,
+    convert_pulid,
     describe,
     fingerprint,
     read_pulid,
@@ -176,19 +177,19 @@ def test_a_failure_of_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["v1", "v1.1"])
-@pytest.mark.parametrize("layout", ["pulid", "ip_adapter"])
+@pytest.mark.parametrize("layout", ["pulid", "community"])
 def test_safetensors_layouts_round_trip(tmp_path, version, layout):
     system = tiny(version)
     path = as_published(system, layout, tmp_path / "p.safetensors")
     keys = set(read_safetensors(path)[0])
-    assert ("ip_adapter.3.to_k_ip.weight" in keys) == (layout == "ip_adapter")
-    assert any(k.startswith("image_proj.") for k in keys) == (layout == "ip_adapter")
+    assert ("ip_adapter.3.to_k_ip.weight" in keys) == (layout == "community")
+    assert any(k.startswith("image_proj.") for k in keys) == (layout == "community")
     info = describe(path)
     assert (info.layout, info.version) == (layout, version) and info.tensors == len(system.state_dict())
     assert info.parameters == sum(p.numel() for p in system.parameters()) and info.dtypes == {"F32": info.tensors}
     loaded = PuLID.from_weights(path, config=system.config)
     assert all(torch.equal(v, system.state_dict()[k]) for k, v in loaded.state_dict().items())
-    loaded.save(tmp_path / "again.safetensors", layout="ip_adapter" if layout == "pulid" else "pulid")
+    loaded.save(tmp_path / "again.safetensors", layout="community" if layout == "pulid" else "pulid")
     again = PuLID.from_weights(tmp_path / "again.safetensors")  # sizes are in the metadata
     assert again.config == system.config and again.version == version
     assert all(torch.equal(v, system.state_dict()[k]) for k, v in again.state_dict().items())
@@ -200,7 +201,7 @@ def test_v1_pickle_is_refused_until_it_is_converted(tmp_path, nested):
     system = tiny("v1")
     state = dict(system.state_dict())
     if nested:  # the community's layout as the IP-Adapter scripts pickle it: two dictionaries
-        flat = {to_layout(k, "ip_adapter"): v for k, v in state.items()}
+        flat = {to_layout(k, "community"): v for k, v in state.items()}
         state = {top: {k.removeprefix(f"{top}."): v for k, v in flat.items() if k.startswith(f"{top}.")}
                  for top in ("image_proj", "ip_adapter")}
     torch.save(state, tmp_path / "pulid_v1.bin")
@@ -208,7 +209,7 @@ def test_v1_pickle_is_refused_until_it_is_converted(tmp_path, nested):
         PuLID.from_weights(tmp_path / "pulid_v1.bin", config=system.config)
     assert describe(tmp_path / "pulid_v1.bin").container == "torch pickle"
     info = convert_pickle(tmp_path / "pulid_v1.bin", tmp_path / "pulid_v1.safetensors")
-    assert (info.layout, info.version) == ("ip_adapter" if nested else "pulid", "v1")
+    assert (info.layout, info.version) == ("community" if nested else "pulid", "v1")
     loaded = PuLID.from_weights(tmp_path / "pulid_v1.safetensors", config=system.config)
     assert all(torch.equal(v, system.state_dict()[k]) for k, v in loaded.state_dict().items())
 
@@ -280,6 +281,24 @@ def test_wrong_version_flux_and_foreign_files_are_named(tmp_path):
         read_pulid(write_safetensors(tmp_path / "f.safetensors", flux))
     with pytest.raises(WeightsError, match="is no PuLID file .layout unknown, 1 tensors."):
         read_pulid(write_safetensors(tmp_path / "o.safetensors", {"a": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("layout", ["pulid", "community"])
+def test_convert_pulid_rewrites_any_layout(tmp_path, layout):
+    system = tiny("v1")
+    torch.save(system.state_dict(), tmp_path / "v1.bin")
+    with pytest.raises(WeightsError, match="torch pickle"):
+        convert_pulid(tmp_path / "v1.bin", tmp_path / "a.safetensors")
+    info = convert_pulid(tmp_path / "v1.bin", tmp_path / "a.safetensors", layout=layout, unpickle=True)
+    assert (info.layout, info.version, info.tensors) == (layout, "v1", 116)
+    other = "pulid" if layout == "community" else "community"
+    assert convert_pulid(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout=other).layout == other
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "v1.bin"]
+    for name in "ab":
+        back = PuLID.from_weights(tmp_path / f"{name}.safetensors", config=system.config).state_dict()
+        assert all(torch.equal(v, system.state_dict()[k]) for k, v in back.items())
+    with pytest.raises(InputError, match="layout must be 'pulid' or 'community', got 'comfy'"):
+        convert_pulid(tmp_path / "a.safetensors", tmp_path / "c.safetensors", layout="comfy")
 
 
 def test_fingerprint_is_of_names_shapes_and_bytes():

@@ -23,7 +23,7 @@ from idcore.errors import InputError, WeightsError
 from idcore.identity import Identity
 from idcore.systems.base import AttentionOptions, Site
 from idcore.systems.pulid_encoders import GLOBAL_TOKENS, SCALES, EncoderConfig
-from idcore.weights import fingerprint, read_pulid, require_keys, to_layout, write_safetensors
+from idcore.weights import PULID_LAYOUTS, fingerprint, read_pulid, require_keys, to_layout, write_safetensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,9 +150,9 @@ class PuLID(nn.Module):
         return system.eval().requires_grad_(False)
 
     def save(self, path: str | os.PathLike, layout: str = "pulid") -> Path:
-        """Write all weights in layout "pulid" or "ip_adapter", with the sizes in the metadata."""
-        if layout not in ("pulid", "ip_adapter"):
-            raise InputError(f"PuLID.save: layout must be 'pulid' or 'ip_adapter', got {layout!r}")
+        """Write all weights in layout "pulid" or "community", with the sizes in the metadata."""
+        if layout not in PULID_LAYOUTS:
+            raise InputError(f"PuLID.save: layout must be 'pulid' or 'community', got {layout!r}")
         state = {to_layout(k, layout): t for k, t in self.state_dict().items()}
         return write_safetensors(path, state, {"format": "pt", "idcore_config": self.config.to_json()})
 
