@@ -1,0 +1,219 @@
+// The Python module idcore._C: the only file that sees pybind11, and the table of contents of csrc/.
+//
+// Tensors arrive as tuples of integers, so that neither PyTorch nor NumPy is needed to build:
+//   (address, batch, stride of batch, stride of head, stride of row), strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/id_attention_fwd.h"
+#include "id_attention.h"
+#if defined(IDCORE_WITH_CUDA)
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using idcore::DType;
+using idcore::HeadTensor;
+using idcore::IdAttentionParams;
+using idcore::Identity;
+using idcore::Merge;
+
+int64_t int_at(const py::tuple& t, size_t i) {
+  const int64_t x = PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), static_cast<Py_ssize_t>(i)));
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+template <class T>
+T* pointer_at(const py::tuple& t, size_t i) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(int_at(t, i)));
+}
+
+void want_size(const py::tuple& t, size_t size, const char* name) {
+  if (t.size() != size) {
+    throw py::value_error(std::string("id_attention: ") + name + " must be a tuple of " +
+                          std::to_string(size) + ", got " + std::to_string(t.size()));
+  }
+}
+
+DType dtype_of(int64_t x) {
+  if (x < 0 || x > 2)
+    throw py::value_error("id_attention: dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return static_cast<DType>(x);
+}
+
+HeadTensor head_tensor(const py::tuple& t, const char* name) {
+  want_size(t, 5, name);
+  return HeadTensor{pointer_at<void>(t, 0), int_at(t, 1), int_at(t, 2), int_at(t, 3), int_at(t, 4)};
+}
+
+// (k, v, Li, scale, address of scales or 0, their stride, address of mask or 0, its strides of batch and row)
+Identity identity_of(const py::tuple& t) {
+  want_size(t, 9, "an identity");
+  Identity id;
+  id.k = head_tensor(py::reinterpret_borrow<py::tuple>(t[0]), "k_id");
+  id.v = head_tensor(py::reinterpret_borrow<py::tuple>(t[1]), "v_id");
+  id.length = int_at(t, 2);
+  id.scale = t[3].cast<float>();
+  id.scale_data = pointer_at<const float>(t, 4);
+  id.scale_stride = int_at(t, 5);
+  id.mask = pointer_at<const float>(t, 6);
+  id.mask_stride_batch = int_at(t, 7);
+  id.mask_stride_row = int_at(t, 8);
+  return id;
+}
+
+// numbers: (dtype, merge, B, H, Lq, Lt, D, num_zero, num_global)
+IdAttentionParams params_of(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
+                            const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
+                            const py::tuple& identities) {
+  want_size(numbers, 9, "numbers");
+  IdAttentionParams p{};
+  p.dtype = dtype_of(int_at(numbers, 0));
+  const int64_t merge = int_at(numbers, 1);
+  if (merge < 0 || merge > 2)
+    throw py::value_error("id_attention: merge must be 0 (add), 1 (ortho) or 2 (ortho_v2)");
+  p.merge = static_cast<Merge>(merge);
+  p.batch = int_at(numbers, 2);
+  p.heads = int_at(numbers, 3);
+  p.lq = int_at(numbers, 4);
+  p.lt = int_at(numbers, 5);
+  p.head_dim = int_at(numbers, 6);
+  p.num_zero = static_cast<int32_t>(int_at(numbers, 7));
+  p.num_global = static_cast<int32_t>(int_at(numbers, 8));
+  if (p.head_dim > idcore::kMaxHeadDim) throw py::value_error("id_attention: head dim above 256");
+  if (identities.size() > idcore::kMaxIdentities)
+    throw py::value_error("id_attention: more than 16 identities");
+  p.q = head_tensor(q, "q");
+  p.k_text = head_tensor(k_text, "k_text");
+  p.v_text = head_tensor(v_text, "v_text");
+  p.out = head_tensor(out, "out");
+  if (text_bias.size() != 0) {
+    want_size(text_bias, 6, "text_bias");
+    p.text_bias = idcore::TextBias{pointer_at<const void>(text_bias, 0),
+                                   dtype_of(int_at(text_bias, 1)),
+                                   int_at(text_bias, 2),
+                                   int_at(text_bias, 3),
+                                   int_at(text_bias, 4),
+                                   int_at(text_bias, 5)};
+  }
+  p.num_identities = static_cast<int32_t>(identities.size());
+  for (int32_t j = 0; j < p.num_identities; ++j) {
+    p.identity[j] = identity_of(py::reinterpret_borrow<py::tuple>(identities[j]));
+  }
+  return p;
+}
+
+const idcore::cpu::Kernels& chosen_kernels() {
+  const char* error = nullptr;
+  const idcore::cpu::Kernels* k = idcore::cpu::chosen(&error);
+  if (k == nullptr) throw py::value_error(error);
+  return *k;
+}
+
+void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
+                      const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
+                      const py::tuple& identities) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::id_attention_fwd(p, kernels);
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (!idcore::cpu::choose(name.c_str())) {
+    throw py::value_error("set_cpu_isa: '" + name + "' was not compiled in or this machine lacks it");
+  }
+}
+
+double cpu_peak_gflops(int threads, double seconds) {
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  return idcore::cpu::measure_peak(kernels, threads, seconds);
+}
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t at = 0; at < text.size();) {
+    const size_t comma = std::min(text.find(',', at), text.size());
+    parts.push_back(text.substr(at, comma - at));
+    at = comma + 1;
+  }
+  return parts;
+}
+
+std::vector<std::string> compiled_isas() {
+  const char* names[idcore::cpu::kMaxIsas];
+  return std::vector<std::string>(names, names + idcore::cpu::compiled_isas(names));
+}
+
+std::vector<std::string> usable_isas() {
+  const idcore::cpu::Kernels* all[idcore::cpu::kMaxIsas];
+  std::vector<std::string> names;
+  for (int i = 0, n = idcore::cpu::usable_isas(all); i < n; ++i) names.push_back(all[i]->name);
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["isa"] = compiled_isas();
+  info["isa_usable"] = usable_isas();
+  info["isa_chosen"] = chosen_kernels().name;
+  info["openmp"] = idcore::cpu::has_openmp();
+  info["threads"] = idcore::cpu::max_threads();
+  info["compiler"] = IDCORE_COMPILER;
+  info["sanitize"] = IDCORE_SANITIZE;
+  info["cuda_archs"] = split(IDCORE_CUDA_ARCHS);
+  info["cuda_compiler"] = IDCORE_CUDA_COMPILER;
+  return info;
+}
+
+// Devices that the CUDA kernels could run on; an empty list without a driver or a GPU. Raises on other
+// failures.
+py::list cuda_devices() {
+  py::list devices;
+#if defined(IDCORE_WITH_CUDA)
+  int error = 0;
+  const char* text = nullptr;
+  const int count = idcore::cuda::device_count(&error, &text);
+  if (error != 0)
+    throw std::runtime_error(std::string("cuda_devices: CUDA error ") + std::to_string(error) + ": " + text);
+  for (int i = 0; i < count; ++i) {
+    idcore::cuda::DeviceInfo d;
+    if (!idcore::cuda::device_info(i, &d)) continue;
+    py::dict entry;
+    entry["name"] = d.name;
+    entry["capability"] = py::make_tuple(d.major, d.minor);
+    entry["multiprocessors"] = d.multiprocessors;
+    entry["memory_bytes"] = d.memory_bytes;
+    devices.append(entry);
+  }
+#endif
+  return devices;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of idcore. Use idcore.ops; this module trusts its arguments.";
+  m.def("build_info", &build_info, "What was compiled, and what of it this machine can run.");
+  m.def("id_attention_cpu", &id_attention_cpu,
+        "Forward of id_attention on the CPU; see csrc/bind.cpp for the tuples.");
+  m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
+  m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),
+        "Force an instruction set; '' goes back to the default.");
+  m.def("cpu_isa", [] { return chosen_kernels().name; }, "The instruction set in use.");
+  m.def("cpu_peak_gflops", &cpu_peak_gflops, py::arg("threads") = 0, py::arg("seconds") = 0.3,
+        "Multiply-add rate in registers of the instruction set in use, over all given threads, in GFLOP/s.");
+  m.def("release_workspace", &idcore::cpu::release_workspace, "Free this thread's workspace; returns bytes.");
+  m.def("cuda_devices", &cuda_devices,
+        "CUDA devices by name and capability; empty without a driver or a GPU.");
+}

@@ -1,0 +1,250 @@
+#include "cpu/id_attention_fwd.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace idcore {
+namespace cpu {
+namespace {
+
+// Below this many multiply-adds waking the other threads costs more than they bring.
+constexpr int64_t kSerialWork = 1 << 18;
+
+// Probabilities far below 1 and their powers are subnormal; on many CPUs each one costs a hundred cycles.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// Memory that a thread keeps from call to call: fresh pages would cost a fault each, as much as the
+// arithmetic.
+class Workspace {
+ public:
+  ~Workspace() { release(); }
+  char* at_least(size_t bytes) {
+    if (bytes > size_) {
+      release();
+      constexpr size_t kHuge = size_t{2} << 20;
+      const size_t unit = bytes >= kHuge ? kHuge : 4096;
+      const size_t rounded = (bytes + unit - 1) / unit * unit;
+      data_ = static_cast<char*>(std::aligned_alloc(unit, rounded));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = rounded;
+#if defined(__linux__)
+      if (unit == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+    }
+    return data_;
+  }
+  int64_t release() {
+    const int64_t bytes = static_cast<int64_t>(size_);
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    return bytes;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Workspace t_workspace;
+
+// Hands out pieces of the workspace; without a base it only counts.
+class Pieces {
+ public:
+  explicit Pieces(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+int64_t length_of(const IdAttentionParams& p, int branch) {
+  return branch == 0 ? p.lt : p.identity[branch - 1].length;
+}
+const HeadTensor& key_of(const IdAttentionParams& p, int branch) {
+  return branch == 0 ? p.k_text : p.identity[branch - 1].k;
+}
+const HeadTensor& value_of(const IdAttentionParams& p, int branch) {
+  return branch == 0 ? p.v_text : p.identity[branch - 1].v;
+}
+
+class Call {
+ public:
+  Call(const IdAttentionParams& params, const Kernels& kernels) : p_(params), k_(kernels) {
+    plan_.params = &p_;
+    plan_.pairs = k_.has_pairs && p_.dtype == DType::kBFloat16 && p_.head_dim % 2 == 0;
+    plan_.chunks = (p_.lq + kChunkRows - 1) / kChunkRows;
+    plan_.padded_dim = (p_.head_dim + k_.lanes - 1) / k_.lanes * k_.lanes;
+    two_passes_ = p_.merge != Merge::kAdd && p_.num_identities > 0;
+    int64_t keys = 0;
+    for (int b = 0; b < branches(); ++b) keys += length_of(p_, b);
+    plan_.row_floats = k_.row_floats(keys, p_.head_dim);
+    items_ = p_.batch * plan_.chunks * p_.heads;
+    threads_ = threads_for(items_ * kChunkRows * p_.head_dim * keys);
+  }
+
+  void run() {
+    lay_out(nullptr);
+    lay_out(t_workspace.at_least(bytes_));
+#pragma omp parallel num_threads(threads_)
+    {
+      const FlushSubnormals flush;
+      pack();
+      attend();
+      if (two_passes_) {
+        ratios();
+        finish();
+      }
+    }
+  }
+
+ private:
+  int branches() const { return 1 + p_.num_identities; }
+
+  int threads_for(int64_t work) const {
+#if defined(_OPENMP)
+    if (work < kSerialWork || omp_in_parallel()) return 1;
+    return static_cast<int>(std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(items_, 1)));
+#else
+    (void)work;
+    return 1;
+#endif
+  }
+
+  void lay_out(char* base) {
+    Pieces pieces(base);
+    for (int b = 0; b < branches(); ++b) {
+      const int64_t k_words = k_.packed_k_words(length_of(p_, b), p_.head_dim, plan_.pairs);
+      const int64_t v_words = k_.packed_v_words(length_of(p_, b), p_.head_dim, plan_.pairs);
+      plan_.k[b] = packed(pieces, k_words, key_of(p_, b).batch);
+      plan_.v[b] = packed(pieces, v_words, value_of(p_, b).batch);
+    }
+    scratch_ = pieces.take<float>(plan_.row_floats * threads_);
+    const int64_t n = p_.num_identities, rows = plan_.chunks * kChunkRows, width = plan_.padded_dim;
+    const int64_t bytes = p_.dtype == DType::kFloat32 ? 4 : 2;
+    plan_.text = two_passes_ ? pieces.take<char>(p_.batch * rows * p_.heads * width * bytes) : nullptr;
+    plan_.sums = two_passes_ ? pieces.take<float>(items_ * n * 2 * width) : nullptr;
+    plan_.alpha = two_passes_ ? pieces.take<float>(p_.batch * n * p_.heads * width) : nullptr;
+    plan_.share =
+        p_.merge == Merge::kOrthoV2 && n > 0 ? pieces.take<float>(n * p_.batch * p_.heads * rows) : nullptr;
+    bytes_ = pieces.used();
+  }
+
+  Packed packed(Pieces& pieces, int64_t words, int64_t batch) const {
+    const int64_t head = (words + 15) / 16 * 16;
+    return Packed{pieces.take<float>(head * p_.heads * batch), head * p_.heads, head};
+  }
+
+  void pack() {
+    for (int b = 0; b < branches(); ++b) {
+      const int64_t k_items = key_of(p_, b).batch * p_.heads, v_items = value_of(p_, b).batch * p_.heads;
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < k_items; ++i) k_.pack_k(plan_, b, i / p_.heads, i % p_.heads);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < v_items; ++i) k_.pack_v(plan_, b, i / p_.heads, i % p_.heads);
+    }
+#pragma omp barrier
+  }
+
+  void attend() {
+#if defined(_OPENMP)
+    float* scratch = scratch_ + plan_.row_floats * omp_get_thread_num();
+#else
+    float* scratch = scratch_;
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < items_; ++i) {
+      const int64_t chunk = i / p_.heads;
+      k_.attend(plan_, chunk / plan_.chunks, chunk % plan_.chunks, i % p_.heads, scratch);
+    }
+  }
+
+  // alpha = sum w h i / sum w h h over all chunks, in their order and in double; 0 where the denominator is
+  // 0.
+  void ratios() {
+    const int64_t n = p_.num_identities, width = plan_.padded_dim;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p_.batch * n * p_.heads; ++i) {
+      const int64_t b = i / (n * p_.heads), j = i / p_.heads % n, h = i % p_.heads;
+      for (int64_t d = 0; d < width; ++d) {
+        double hi = 0.0, hh = 0.0;
+        for (int64_t c = 0; c < plan_.chunks; ++c) {
+          const float* s = plan_.sums + (((b * plan_.chunks + c) * p_.heads + h) * n + j) * 2 * width;
+          hi += s[d];
+          hh += s[width + d];
+        }
+        plan_.alpha[i * width + d] = hh == 0.0 ? 0.0f : static_cast<float>(hi / hh);
+      }
+    }
+  }
+
+  void finish() {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p_.batch * plan_.chunks; ++i)
+      k_.finish(plan_, i / plan_.chunks, i % plan_.chunks);
+  }
+
+  const IdAttentionParams& p_;
+  const Kernels& k_;
+  Plan plan_{};
+  bool two_passes_ = false;
+  int64_t items_ = 0;
+  int threads_ = 1;
+  size_t bytes_ = 0;
+  float* scratch_ = nullptr;
+};
+
+}  // namespace
+
+void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels) {
+  if (params.batch == 0 || params.heads == 0 || params.lq == 0 || params.head_dim == 0) return;
+  Call(params, kernels).run();
+}
+
+int64_t release_workspace() { return t_workspace.release(); }
+
+bool has_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace cpu
+}  // namespace idcore

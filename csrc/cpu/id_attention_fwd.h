@@ -1,0 +1,24 @@
+// The CPU forward of `id_attention`.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace idcore {
+namespace cpu {
+
+// Runs the call on OpenMP's threads with the kernels of one instruction set. Shapes must have been checked.
+// Deterministic: the same bits for any number of threads. Throws std::bad_alloc.
+void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels);
+
+// Frees the calling thread's workspace, which otherwise stays for its next call. Returns the bytes freed.
+int64_t release_workspace();
+
+// Multiply-add rate that the instruction set reaches in registers, in GFLOP/s, over `threads` threads (0:
+// all).
+double measure_peak(const Kernels& kernels, int threads, double seconds);
+
+bool has_openmp();
+int max_threads();
+
+}  // namespace cpu
+}  // namespace idcore

@@ -1,0 +1,14 @@
+#include "cpu/vec_base.h"
+
+#include "cpu/tile_finish.h"
+
+namespace idcore {
+namespace cpu {
+
+const Kernels* kernels_base() {
+  static constexpr Kernels kTable = table("base", false);
+  return &kTable;
+}
+
+}  // namespace cpu
+}  // namespace idcore

@@ -1,0 +1,63 @@
+// What an instruction-set unit offers to the driver, and the plan of a call that the driver hands to it.
+#pragma once
+
+#include <cstdint>
+
+#include "id_attention.h"
+
+namespace idcore {
+namespace cpu {
+
+// Image rows of one work item. Fixed, so that sums over rows are added in one order whatever the threads.
+constexpr int64_t kChunkRows = 128;
+// Branch 0 is the text, branch j + 1 is identity j.
+constexpr int kMaxBranches = 1 + kMaxIdentities;
+
+// K or V of one branch, repacked once per call: float32, or pairs of bf16 in one 32-bit word.
+struct Packed {
+  float* data;
+  int64_t stride_batch;
+  int64_t stride_head;
+};
+
+struct Plan {
+  const IdAttentionParams* params;
+  bool pairs;          // bf16 operands stay bf16 and go through the dot-product instruction
+  int64_t chunks;      // ceil(Lq / kChunkRows)
+  int64_t padded_dim;  // D rounded up to whole vectors
+  int64_t row_floats;  // floats per thread for a block of rows: queries and scores
+  Packed k[kMaxBranches];
+  Packed v[kMaxBranches];
+  // Only for ortho and ortho_v2, else null:
+  void* text;    // text attention of every row, dtype of out. [B, chunks, H, kChunkRows, padded_dim]
+  float* share;  // what the first num_global tokens get, per head (ortho_v2). [n, B, H, chunks * kChunkRows]
+  float* sums;   // per work item sum w h i and sum w h h. [B, chunks, H, n, 2, padded_dim]
+  float* alpha;  // [B, n, H, padded_dim]
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  bool has_pairs;
+  // Words of one head of packed K or V, with the slack that vector stores may run into.
+  int64_t (*packed_k_words)(int64_t length, int64_t head_dim, bool pairs);
+  int64_t (*packed_v_words)(int64_t length, int64_t head_dim, bool pairs);
+  int64_t (*row_floats)(int64_t keys, int64_t head_dim);
+  void (*pack_k)(const Plan& plan, int branch, int64_t batch, int64_t head);
+  void (*pack_v)(const Plan& plan, int branch, int64_t batch, int64_t head);
+  // Attention of one chunk of rows in one head; for "add" the result, else `text`, `share`, `sums` and text +
+  // s w i.
+  void (*attend)(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, float* scratch);
+  // The second pass of ortho and ortho_v2: adds what depends on sums over all rows.
+  void (*finish)(const Plan& plan, int64_t batch, int64_t chunk);
+  // Runs `rounds` of independent multiply-adds in registers and returns the floating-point operations done.
+  double (*multiply_adds)(int64_t rounds);
+};
+
+const Kernels* kernels_base();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512bf16();
+
+}  // namespace cpu
+}  // namespace idcore

@@ -1,0 +1,98 @@
+// Second pass of ortho and ortho_v2: out += sum_j s w (a - 1) alpha h, where alpha needs sums over all image
+// rows.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace idcore {
+namespace cpu {
+namespace {
+
+IDC_INLINE V load_typed(DType dtype, const char* row, int64_t d, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_words(reinterpret_cast<const float*>(row) + d, n);
+    case DType::kBFloat16:
+      return load_bf16(reinterpret_cast<const uint16_t*>(row) + d, n);
+    case DType::kFloat16:
+      return load_fp16(reinterpret_cast<const uint16_t*>(row) + d, n);
+  }
+  return zero();
+}
+
+// Per row s w (a - 1), or -s w for ortho, of identity j. `factor` has kChunkRows floats.
+IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t chunk, int64_t rows,
+                              float* factor) {
+  const IdAttentionParams& p = *plan.params;
+  const int64_t first_row = chunk * kChunkRows;
+  float weight[kRows], amount[kRows];
+  for (int64_t r = 0; r < rows; r += kRows) {
+    region(p.identity[j], batch, first_row + r, smaller(rows - r, kRows), weight, amount);
+    for (int v = 0; v < kRows; v += kLanes) {
+      V a = all(-1.0f);
+      if (p.merge == Merge::kOrthoV2) {
+        const float* share =
+            plan.share + (j * p.batch + batch) * p.heads * plan.chunks * kChunkRows + first_row + r + v;
+        V sum = zero();
+        for (int64_t h = 0; h < p.heads; ++h) sum = add(sum, load(share + h * plan.chunks * kChunkRows));
+        a = fma(sum, all(1.0f / static_cast<float>(p.heads)), a);
+      }
+      store(factor + r + v, mul(a, load(amount + v)));
+    }
+  }
+}
+
+template <DType kType>
+IDC_NOINLINE void finish_head(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, int64_t rows,
+                              const float* factor) {
+  const IdAttentionParams& p = *plan.params;
+  const int64_t bytes = element_bytes(kType), width = plan.padded_dim;
+  const char* text = static_cast<const char*>(plan.text) +
+                     ((batch * plan.chunks + chunk) * p.heads + head) * kChunkRows * width * bytes;
+  char* out =
+      static_cast<char*>(p.out.data) +
+      (batch * p.out.stride_batch + head * p.out.stride_head + chunk * kChunkRows * p.out.stride_row) * bytes;
+  const float* alpha = plan.alpha + (batch * p.num_identities * p.heads + head) * width;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      V g = mul(all(factor[r]), load(alpha + d));
+      for (int j = 1; j < p.num_identities; ++j) {
+        g = fma(all(factor[j * kChunkRows + r]), load(alpha + j * p.heads * width + d), g);
+      }
+      char* row = out + r * p.out.stride_row * bytes;
+      const int64_t n = smaller(p.head_dim - d, kLanes);
+      const V h = load_typed(kType, text + r * width * bytes, d, kLanes);
+      store_typed(kType, row, d, fma(g, h, load_typed(kType, row, d, n)), n);
+    }
+  }
+}
+
+void finish(const Plan& plan, int64_t batch, int64_t chunk) {
+  const IdAttentionParams& p = *plan.params;
+  const int64_t rows = smaller(p.lq - chunk * kChunkRows, kChunkRows);
+  float factor[kMaxIdentities * kChunkRows];
+  for (int j = 0; j < p.num_identities; ++j)
+    row_factors(plan, j, batch, chunk, rows, factor + j * kChunkRows);
+  for (int64_t h = 0; h < p.heads; ++h) {
+    switch (p.dtype) {
+      case DType::kFloat32:
+        finish_head<DType::kFloat32>(plan, batch, chunk, h, rows, factor);
+        break;
+      case DType::kBFloat16:
+        finish_head<DType::kBFloat16>(plan, batch, chunk, h, rows, factor);
+        break;
+      case DType::kFloat16:
+        finish_head<DType::kFloat16>(plan, batch, chunk, h, rows, factor);
+        break;
+    }
+  }
+}
+
+constexpr Kernels table(const char* name, bool has_pairs) {
+  return Kernels{name,   kLanes, has_pairs, packed_k_words, packed_v_words, row_floats,
+                 pack_k, pack_v, attend,    finish,         multiply_adds};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace idcore

@@ -1,0 +1,182 @@
+// Repacks K, V and blocks of queries into the order in which the inner loops read them. After a vec_*.h.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace idcore {
+namespace cpu {
+namespace {
+
+constexpr int kRows = 2 * kLanes;  // image rows of one block: two vectors, one row per lane
+
+// n items in as few groups as `most` allows, as even as possible: the larger groups come first.
+struct Groups {
+  int64_t count, small, larger_ones;
+  IDC_INLINE Groups(int64_t n, int64_t most)
+      : count((n + most - 1) / most), small(count ? n / count : 0), larger_ones(count ? n % count : 0) {}
+  IDC_INLINE int64_t size(int64_t i) const { return small + (i < larger_ones ? 1 : 0); }
+  IDC_INLINE int64_t offset(int64_t i) const { return i * small + (i < larger_ones ? i : larger_ones); }
+};
+
+IDC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+IDC_INLINE int64_t padded(int64_t head_dim) { return ceil_div(head_dim, kLanes) * kLanes; }
+IDC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How elements reach the 32-bit words that the inner loops multiply. Words: two bf16 elements, unchanged.
+enum class Form { kFloat32, kBFloat16, kFloat16, kWords };
+
+IDC_INLINE Form form_of(const Plan& plan) {
+  if (plan.pairs) return Form::kWords;
+  const DType t = plan.params->dtype;
+  return t == DType::kFloat32 ? Form::kFloat32 : t == DType::kBFloat16 ? Form::kBFloat16 : Form::kFloat16;
+}
+IDC_INLINE int64_t element_bytes(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+
+template <Form F>
+IDC_INLINE V load_form(const char* row, int64_t word, int64_t n) {
+  if constexpr (F == Form::kFloat32 || F == Form::kWords) {
+    return load_words(reinterpret_cast<const float*>(row) + word, n);
+  } else if constexpr (F == Form::kBFloat16) {
+    return load_bf16(reinterpret_cast<const uint16_t*>(row) + word, n);
+  } else {
+    return load_fp16(reinterpret_cast<const uint16_t*>(row) + word, n);
+  }
+}
+
+// kLanes rows x `words` to out[word * ld + row]. Rows from `valid` on repeat the last one. Each store writes
+// a whole vector, so rows of `out` must be filled in increasing order or be kLanes wide.
+template <Form F>
+IDC_NOINLINE void transpose_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words,
+                                 float* out, int64_t ld) {
+  for (int64_t w = 0; w < words; w += kLanes) {
+    const int64_t n = smaller(words - w, kLanes);
+    V r[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = load_form<F>(base + smaller(i, valid - 1) * row_bytes, w, n);
+    transpose(r);
+    if (n == kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + (w + i) * ld, r[i]);
+    } else {
+      float part[kLanes * kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(part + i * kLanes, r[i]);
+      for (int64_t i = 0; i < n; ++i) store(out + (w + i) * ld, load(part + i * kLanes));
+    }
+  }
+}
+
+IDC_INLINE void transpose_rows(Form form, const char* base, int64_t row_bytes, int64_t valid, int64_t words,
+                               float* out, int64_t ld) {
+  switch (form) {
+    case Form::kFloat32:
+      return transpose_rows<Form::kFloat32>(base, row_bytes, valid, words, out, ld);
+    case Form::kBFloat16:
+      return transpose_rows<Form::kBFloat16>(base, row_bytes, valid, words, out, ld);
+    case Form::kFloat16:
+      return transpose_rows<Form::kFloat16>(base, row_bytes, valid, words, out, ld);
+    case Form::kWords:
+      return transpose_rows<Form::kWords>(base, row_bytes, valid, words, out, ld);
+  }
+}
+
+// Multiply-accumulate steps of one score: elements, or pairs of them.
+IDC_INLINE int64_t score_steps(const Plan& plan) {
+  return plan.pairs ? plan.params->head_dim / 2 : plan.params->head_dim;
+}
+IDC_INLINE int64_t value_steps(const Plan& plan, int64_t length) {
+  return plan.pairs ? ceil_div(length, 2) : length;
+}
+
+int64_t packed_k_words(int64_t length, int64_t head_dim, bool pairs) {
+  return length * (pairs ? head_dim / 2 : head_dim) + kLanes;  // slack: vector stores run over
+}
+int64_t packed_v_words(int64_t length, int64_t head_dim, bool pairs) {
+  return (pairs ? ceil_div(length, 2) : length) * padded(head_dim);
+}
+
+IDC_INLINE const HeadTensor& key_of(const Plan& plan, int branch) {
+  return branch == 0 ? plan.params->k_text : plan.params->identity[branch - 1].k;
+}
+IDC_INLINE const HeadTensor& value_of(const Plan& plan, int branch) {
+  return branch == 0 ? plan.params->v_text : plan.params->identity[branch - 1].v;
+}
+IDC_INLINE int64_t length_of(const Plan& plan, int branch) {
+  return branch == 0 ? plan.params->lt : plan.params->identity[branch - 1].length;
+}
+IDC_INLINE const char* head_start(const HeadTensor& t, int64_t bytes, int64_t batch, int64_t head) {
+  return static_cast<const char*>(t.data) + (batch * t.stride_batch + head * t.stride_head) * bytes;
+}
+// The row of a tensor's batch that sample b of the call reads.
+IDC_INLINE int64_t batch_row(const HeadTensor& t, int64_t b, int64_t batch) { return b * t.batch / batch; }
+
+// Groups of at most kMaxKeys keys, each [step][key].
+void pack_k(const Plan& plan, int branch, int64_t batch, int64_t head) {
+  const HeadTensor& k = key_of(plan, branch);
+  const int64_t bytes = element_bytes(plan.params->dtype), steps = score_steps(plan);
+  const char* rows = head_start(k, bytes, batch, head);
+  float* out = plan.k[branch].data + batch * plan.k[branch].stride_batch + head * plan.k[branch].stride_head;
+  const Groups groups(length_of(plan, branch), kMaxKeys);
+  const Form form = form_of(plan);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const char* start = rows + groups.offset(g) * k.stride_row * bytes;
+    const int64_t size = groups.size(g);
+    transpose_rows(form, start, k.stride_row * bytes, size, steps, out + groups.offset(g) * steps, size);
+  }
+}
+
+template <Form F>
+IDC_INLINE V load_value(const char* rows, int64_t row_bytes, int64_t step, int64_t length, int64_t d,
+                        int64_t n) {
+#if defined(IDC_PAIRS)
+  if constexpr (F == Form::kWords) {
+    const auto* a = reinterpret_cast<const uint16_t*>(rows + 2 * step * row_bytes) + d;
+    const bool alone = 2 * step + 1 == length;  // the last of an odd number: its partner is zero
+    const auto* b = reinterpret_cast<const uint16_t*>(rows + (2 * step + (alone ? 0 : 1)) * row_bytes) + d;
+    return load_pairs(a, n, b, alone ? 0 : n);
+  }
+#endif
+  (void)length;
+  return load_form<F>(rows + step * row_bytes, d, n);
+}
+
+// Groups of at most kMaxVectors vectors of channels, each [step][vectors * kLanes], zeros behind the head
+// dim.
+template <Form F>
+IDC_NOINLINE void pack_v_form(const Plan& plan, int branch, int64_t batch, int64_t head) {
+  const HeadTensor& v = value_of(plan, branch);
+  const int64_t bytes = element_bytes(plan.params->dtype), head_dim = plan.params->head_dim;
+  const int64_t length = length_of(plan, branch), steps = value_steps(plan, length);
+  const char* rows = head_start(v, bytes, batch, head);
+  float* out = plan.v[branch].data + batch * plan.v[branch].stride_batch + head * plan.v[branch].stride_head;
+  const Groups groups(ceil_div(head_dim, kLanes), kMaxVectors);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    for (int64_t t = 0; t < steps; ++t) {
+      for (int64_t i = 0; i < groups.size(g); ++i, out += kLanes) {
+        const int64_t d = (groups.offset(g) + i) * kLanes;
+        store(out, load_value<F>(rows, v.stride_row * bytes, t, length, d, smaller(head_dim - d, kLanes)));
+      }
+    }
+  }
+}
+
+void pack_v(const Plan& plan, int branch, int64_t batch, int64_t head) {
+  switch (form_of(plan)) {
+    case Form::kFloat32:
+      return pack_v_form<Form::kFloat32>(plan, branch, batch, head);
+    case Form::kBFloat16:
+      return pack_v_form<Form::kBFloat16>(plan, branch, batch, head);
+    case Form::kFloat16:
+      return pack_v_form<Form::kFloat16>(plan, branch, batch, head);
+    case Form::kWords:
+#if defined(IDC_PAIRS)
+      return pack_v_form<Form::kWords>(plan, branch, batch, head);
+#else
+      return;
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace idcore
