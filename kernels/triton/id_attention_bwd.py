@@ -37,15 +37,17 @@ def bias_rows(BIAS, sbias, b, head, rows, LQ):
 def beta_of(SHARE, j: tl.constexpr, b, rows, LQ, MERGE: tl.constexpr):
     """-1 (ortho) or a - 1 (ortho_v2). SHARE: a, [n, B, LQ]"""
     if MERGE == 2:
-        return row_values(SHARE, (j * tl.num_programs(2) + b) * LQ + rows, rows < LQ) - 1.0
-    return tl.zeros_like(rows).to(tl.float32) - 1.0
+        beta = row_values(SHARE, (j * tl.num_programs(2) + b) * LQ + rows, rows < LQ) - 1.0
+    else:
+        beta = tl.zeros_like(rows).to(tl.float32) - 1.0
+    return beta
 
 
 @triton.jit
 def coupling_kernel(
     Q, KT, VT, BIAS, SCALE, MASK, G, HT, LSE_T, SHARE, ALPHA, PART, DSHARE,
     sq, skt, svt, sbias, sscale, smask, sg, DIVT, LQ, LT,
-    N: tl.constexpr, MERGE: tl.constexpr, TT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, H, B). Stores h in HT, per tile sum_s s w beta g h (PART [tiles, n, B*H, D]), per head da (DSHARE)."""
@@ -61,7 +63,7 @@ def coupling_kernel(
         s_bias = sbias[3]
     lse = row_values(LSE_T, bh * LQ + rows, inside)
     h, _ = attend_known(q, KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1],
-                        skt, svt, LT, bias, s_bias, 0, 0, lse, lse, TT, D, BD, BM, ROOT, False, UPCAST)  # fmt: skip
+                        skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False, UPCAST)  # fmt: skip
     store_tile(HT + bh * LQ * D, h, rows, LQ, D, 1, D, BD)
     gh = load_tile(G + b * sg[0] + head * sg[1], rows, LQ, sg[2], sg[3], D, BD, True) * h
     cols = tl.arange(0, BD)
@@ -101,17 +103,14 @@ def dq_step(q, d_out, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, delta, 
 
 
 @triton.jit
-def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq, TILES: tl.constexpr,
+def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq, BLOCK: tl.constexpr,
            D: tl.constexpr, BD: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
            UPCAST: tl.constexpr):  # fmt: skip
     """dq plus one attention's part; d_out is the gradient of its result."""
     d_out = d_out.to(q.dtype)
-    for start in range(0, TILES[1], TILES[0]):
+    for start in range(0, count, BLOCK):
         dq = dq_step(q, d_out, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq,
-                     D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
-    if TILES[2] > 0:
-        dq = dq_step(q, d_out, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq,
-                     D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
+                     D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
     return dq
 
 
@@ -136,7 +135,7 @@ def rows_kernel(
     Q, KT, VT, KI, VI, BIAS, SCALE, MASK, G, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
     DELTA_T, DELTA_I, GOT, DSCALE,
     sq, skt, svt, ski, svi, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
-    N: tl.constexpr, MERGE: tl.constexpr, TT: tl.constexpr, TI: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, H, B). DSHARE: da [n, B, LQ] of the share averaged over heads. Fills DQ, DH, the deltas, GOT, DSCALE."""
@@ -154,7 +153,7 @@ def rows_kernel(
         s_bias = sbias[3]
     lse_t = row_values(LSE_T, bh * LQ + rows, inside)
     kt, vt = KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1]
-    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, TT, D, BD, BM, ROOT, False, UPCAST)
+    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT, False, UPCAST)
     dh = g
     dq = tl.zeros([BM, BD], tl.float32)
     for j in tl.static_range(N):
@@ -167,7 +166,7 @@ def rows_kernel(
         if MERGE == 2:
             lse_u = row_values(LSE_U, at, inside)
             da = row_values(DSHARE, (j * tl.num_programs(2) + b) * LQ + rows, inside) / heads
-        i, got = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, TI[j], D, BD, BM, ROOT,
+        i, got = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM, ROOT,
                               MERGE == 2, UPCAST)  # fmt: skip
         s, w = identity_scale(SCALE, sscale, j, b), identity_weight(MASK, smask, j, b, rows, LQ)
         beta = w
@@ -179,13 +178,13 @@ def rows_kernel(
         tl.store(DELTA_I + at, delta, mask=inside)
         if MERGE == 2:
             tl.store(GOT + at, got, mask=inside)
-        dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, TI[j], D, BD,
+        dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, BI[j], D, BD,
                     ROOT, MERGE == 2, UPCAST)  # fmt: skip
     delta = tl.sum(dh * h, 1)
     tl.store(DELTA_T + bh * LQ + rows, delta, mask=inside)
     if MERGE > 0:
         store_tile(DH + bh * LQ * D, dh, rows, LQ, D, 1, D, BD)
-    dq = add_dq(q, dh, kt, vt, skt, svt, LT, bias, s_bias, 0, lse_t, delta, lse_t, delta, delta, dq, TT, D, BD, ROOT,
+    dq = add_dq(q, dh, kt, vt, skt, svt, LT, bias, s_bias, 0, lse_t, delta, lse_t, delta, delta, dq, BT, D, BD, ROOT,
                 False, UPCAST)  # fmt: skip
     store_tile(DQ + b * sdq[0] + head * sdq[1], dq, rows, LQ, sdq[2], sdq[3], D, BD)
 

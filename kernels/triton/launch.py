@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from . import tuning
 
 MERGE_CODE = {"add": kernels.ADD, "ortho": kernels.ORTHO, "ortho_v2": kernels.ORTHO_V2}
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
+# (what to do instead of launching, GPU generation) while `ahead` compiles without a GPU
+ahead_of_time: ContextVar[tuple[Callable, int] | None] = ContextVar("ahead_of_time", default=None)
 
 
 class Stats(NamedTuple):
@@ -28,11 +32,17 @@ class Stats(NamedTuple):
 
 def start(kernel, grid: tuple[int, ...], config: dict, **arguments) -> None:
     """Every launch goes through here, so that `ahead` can compile instead of running."""
+    ahead = ahead_of_time.get()
+    if ahead is not None:
+        return ahead[0](kernel, grid, {**arguments, **config})
     kernel[grid](**arguments, **config)
 
 
 def capability(device: torch.device) -> int:
     """80, 90, 100, ...; 0 where there is no GPU (interpreter)."""
+    ahead = ahead_of_time.get()
+    if ahead is not None:
+        return ahead[1]
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -82,6 +92,11 @@ class Plan:
         """How text and identity keys are cut into blocks."""
         id_tiles = tuple(tuning.split(k.shape[2], block) for k in self.a.k_id)
         return dict(TT=tuning.split(self.lt, block), TI=id_tiles or None)
+
+    def key_blocks(self, block: int) -> dict:
+        """Size of a key block for text and for each identity."""
+        id_blocks = tuple(min(block, tuning.padded(k.shape[2])) for k in self.a.k_id)
+        return dict(BT=min(block, tuning.padded(self.lt)), BI=id_blocks or None)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scratch memory."""

@@ -47,8 +47,8 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
     """h in q's dtype, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
     t = p.tile("rows")
     tiles = triton.cdiv(p.lq, t.rows)
-    c = p.common() | p.key_tiles(t.keys)
-    take = ("Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE TT D BD ROOT UPCAST").split()
+    c = p.common() | p.key_blocks(t.keys)
+    take = ("Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST").split()
     ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype)
     part = p.empty(tiles, p.n, p.b, p.h, p.d)
     dshare = p.empty(p.n, p.b, p.h, p.lq) if p.merge == fwd.ORTHO_V2 else None
@@ -74,7 +74,7 @@ def _rows(p: Plan, g: Tensor, s: Stats, dnum: Tensor | None, dshare: Tensor | No
     dscale = p.empty(tiles, p.n, p.b, p.h)
     start(
         kernels.rows_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-        **p.common(), **p.key_tiles(t.keys), G=g, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
+        **p.common(), **p.key_blocks(t.keys), G=g, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
         LSE_U=s.lse_unscaled, SHARE=s.share, ALPHA=s.alpha, DNUM=dnum, DSHARE=dshare, DELTA_T=delta_t,
         DELTA_I=delta_i, GOT=got, DSCALE=dscale, sg=g.stride(), sdq=dq.stride(), BM=t.rows,
     )  # fmt: skip

@@ -45,17 +45,20 @@ def channel_vector(base, D: tl.constexpr, BD: tl.constexpr):
 def identity_weight(MASK, smask, j: tl.constexpr, b, rows, LQ):
     """Region mask of identity j at these rows (1 without a mask), 0 past LQ. float32 [rows]"""
     inside = rows < LQ
+    w = inside.to(tl.float32)
     if MASK is not None:
-        return tl.load(MASK + j * smask[0] + b * smask[1] + rows * smask[2], mask=inside, other=0.0)
-    return inside.to(tl.float32)
+        w = tl.load(MASK + j * smask[0] + b * smask[1] + rows * smask[2], mask=inside, other=0.0)
+    return w
 
 
 @triton.jit
 def identity_scale(SCALE, sscale, j: tl.constexpr, b):
     """Scale of identity j for sample b: from the tensor [n, B], or from the tuple of floats."""
     if sscale is not None:
-        return tl.load(SCALE + j * sscale[0] + b * sscale[1])
-    return SCALE[j]
+        s = tl.load(SCALE + j * sscale[0] + b * sscale[1])
+    else:
+        s = SCALE[j]
+    return s
 
 
 @triton.jit
@@ -64,8 +67,10 @@ def unscaled(difference, p, D: tl.constexpr, ROOT: tl.constexpr):
     if D == 64:
         p2 = p * p
         p4 = p2 * p2
-        return p4 * p4
-    return tl.exp2(difference * ROOT)
+        u = p4 * p4
+    else:
+        u = tl.exp2(difference * ROOT)
+    return u
 
 
 @triton.jit
@@ -87,6 +92,7 @@ def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, 
                 D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
                 SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One key block of the online softmax. lu and got are the unscaled sum and the part of the first NG tokens."""
+    v = load_tile(V, start + tl.arange(0, BLOCK), count, sv[2], sv[3], D, BD, UPCAST)  # early: hides its latency
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
     top = tl.maximum(m, tl.max(x, 1))
     base = top
@@ -96,7 +102,6 @@ def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, 
     p = tl.exp2(difference)
     old = tl.exp2(m - base)
     l = l * old + tl.sum(p, 1)
-    v = load_tile(V, cols, count, sv[2], sv[3], D, BD, UPCAST)
     acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
     if SHARE:
         u = unscaled(difference, p, D, ROOT)
@@ -145,19 +150,19 @@ def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc,
 
 
 @triton.jit
-def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, TILES: tl.constexpr, D: tl.constexpr,
+def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, BLOCK: tl.constexpr, D: tl.constexpr,
                  BD: tl.constexpr, BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
-    """`attend` with the log2 sums already known: the result [BM, BD] and the share of the first NG tokens [BM]."""
+    """`attend` with the log2 sums already known: the result [BM, BD] and the share of the first NG tokens [BM].
+
+    The loop is left to run time: unrolled, the compiler keeps the key tiles in registers for a later product and spills.
+    """
     counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
     got = tl.zeros([BM], tl.float32)
     if SHARE:
         got += counted * tl.exp2(-lse_u)
     acc = tl.zeros([BM, BD], tl.float32)
-    for start in range(0, TILES[1], TILES[0]):
+    for start in range(0, count, BLOCK):
         acc, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc, got,
-                              D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
-    if TILES[2] > 0:
-        acc, got = known_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, lse, lse_u, acc, got,
-                              D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
+                              D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
     return acc, got
