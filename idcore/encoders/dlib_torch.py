@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idcore.encoders.onnx_file import OnnxWeights, read_onnx
+from idcore.encoders.onnx_file import OnnxWeights, read_onnx, read_signature
 from idcore.errors import InputError, WeightsError
 
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "faces" / "dlib_resnet.onnx"
@@ -104,7 +104,8 @@ class DlibRecogniser(nn.Module):
         # Images come in [0,1] at this door, while the file's mean and scale are for 0..255.
         self.register_buffer("mean", torch.from_numpy(file.tensors["mean"].astype("float32")) / 255.0)
         self.gain = file.tensors["scale"].item() * 255.0
-        self.size = 150
+        (shape,) = read_signature(weights).inputs.values()
+        self.size = int(shape[2] or 150)
         self.requires_grad_(False)
         self.eval()
 

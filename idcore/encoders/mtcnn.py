@@ -149,16 +149,18 @@ class Mtcnn:
         boxes, offsets, scores = [], [], []
         for scale in self.scales(*image.size):
             size = tuple(int(np.ceil(side * scale)) for side in image.size)
-            pixels = _normalise(np.asarray(image.resize(size, Image.Resampling.BILINEAR)))
+            # A gap of 3 averages whole pixels first where much is shrunk: faster, and no difference to the eye.
+            level = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+            pixels = _normalise(np.asarray(level))
             moves, faceness = self._p.run({self._p.inputs[0]: pixels.transpose(1, 0, 2)[None]})
             column, row = np.nonzero(faceness[0, :, :, 1] >= self.thresholds[0])
             corner = np.stack([column, row], 1) * _STRIDE
             found = np.hstack([corner + 1, corner + _CELL]) / scale
-            level = faceness[0, column, row, 1]
-            kept = suppress(found, level, 0.5)
+            score = faceness[0, column, row, 1]
+            kept = suppress(found, score, 0.5)
             boxes.append(found[kept])
             offsets.append(moves[0, column, row][kept])
-            scores.append(level[kept])
+            scores.append(score[kept])
         if not boxes:
             return np.zeros((0, 4)), np.zeros(0)
         all_boxes, all_scores = np.vstack(boxes), np.concatenate(scores)
