@@ -21,7 +21,7 @@ class TinyConfig:
     """Hyper-parameters of the embedded model (all our choice)."""
 
     size: int = 64
-    channels: tuple[int, ...] = (48, 96, 128)
+    channels: tuple[int, ...] = (48, 64, 128)
     width: int = 128
     text_length: int = 24
     text_buckets: int = 64
@@ -72,6 +72,11 @@ class TinyModel(nn.Module):
         self.look = nn.Conv2d(c, 12, 3, padding=1)  # the reference as the features show it
         self.map = nn.Sequential(nn.Conv2d(c, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, MAP, 1))
         self.register_buffer("positions", _positions(2 * GRID), persistent=False)
+
+    @property
+    def reference_channels(self) -> int:
+        """Channels of `forward`'s reference."""
+        return 12 + MAP
 
     def reference(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(look [N, 12, 32, 32], map [N, MAP, 32, 32]) of identity tokens."""

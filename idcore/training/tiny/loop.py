@@ -16,9 +16,10 @@ from ...encoders.dlib_torch import DlibRecogniser
 from ...errors import IdcoreError, InputError
 from ...sampling.tiny_model import TinyConfig, TinyModel
 from ...systems.tiny import chips_of
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .data import Batch, TinyData
 from .losses import RecogniserLoss, face_weight, picture_loss
+from .parallel import average_gradients, free_port, join, leave
 from .processors import put_processors, set_identity
 
 
@@ -43,13 +44,15 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 20
     bf16: bool = True
-    threads: int = 2
+    threads: int = 1
+    workers: int = 1
+    recogniser_share: float = 0.34
     init: str | None = None
     model: TinyConfig | None = None
     stop_at: int | None = None
 
     def check(self) -> None:
-        for name in ("iterations", "batch", "save_every", "log_every", "threads"):
+        for name in ("iterations", "batch", "save_every", "log_every", "threads", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"training: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema < 1 or self.lr <= 0:
@@ -66,9 +69,10 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 class Trainer:
     """Model, its average, the optimiser and the data; `run()` goes on from `self.step`."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, rank: int = 0) -> None:
         config.check()
-        self.config = c = config
+        self.config, self.rank = config, rank
+        c = config
         torch.set_num_threads(c.threads)
         torch.manual_seed(c.seed)
         self.data = TinyData(Path(c.pool), c.seed)
@@ -94,9 +98,13 @@ class Trainer:
             self.model.system.encoder.get_buffer(f"std{s}").copy_(f.std((0, 2, 3)).view(-1, 1, 1).clamp_min(1e-3))
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
+    def _draw(self) -> int:
+        """Number of this worker's batch: no two workers and no two steps share one."""
+        return self.step * self.config.workers + self.rank
+
     def noise(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """t, noise and the drop mask of this step, from (seed, step) alone."""
-        g = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        g = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self._draw())
         four = torch.randint(1, 5, (n,), generator=g) / 4
         t = torch.where(torch.rand(n, generator=g) < 0.6, four, torch.rand(n, generator=g) * 0.98 + 0.02)
         size = self.model.config.size
@@ -128,20 +136,21 @@ class Trainer:
         return out
 
     def _recogniser_terms(self, out: dict, pred: Tensor, batch: Batch, embedding: Tensor, keep: Tensor) -> None:
-        g = torch.Generator().manual_seed(self.config.seed * 7_919 + self.step)
-        shift = torch.randn(len(pred), 2, generator=g) * 0.015
-        feats, emb = self.recogniser_loss.features(pred * 0.5 + 0.5, shift)
+        k = max(1, round(len(pred) * self.config.recogniser_share))  # the first k of the batch: it costs a third of a step
+        g = torch.Generator().manual_seed(self.config.seed * 7_919 + self._draw())
+        shift = torch.randn(k, 2, generator=g) * 0.015
+        feats, emb = self.recogniser_loss.features(pred[:k] * 0.5 + 0.5, shift)
         with torch.no_grad():
-            want, target_emb = self.recogniser_loss.features(batch.target, shift)
+            want, target_emb = self.recogniser_loss.features(batch.target[:k], shift)
         out["perceptual"] = self.config.perceptual_weight * self.recogniser_loss.perceptual(feats, want)
-        half = 0.5 * (target_emb.float() + embedding.float())  # between the ideal picture and the reference
-        out["identity"] = self.config.identity_weight * (((emb.float() - half) ** 2).sum(1) * keep).mean()
+        half = 0.5 * (target_emb.float() + embedding[:k].float())  # between the ideal picture and the reference
+        out["identity"] = self.config.identity_weight * (((emb.float() - half) ** 2).sum(1) * keep[:k]).mean()
 
     def train_step(self) -> dict[str, float]:
         c = self.config
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, c)
-        terms = self.losses(self.data.batch(self.step, c.batch))
+        terms = self.losses(self.data.batch(self._draw(), c.batch))
         total = sum(terms.values())
         if not torch.isfinite(total):
             raise IdcoreError(
@@ -150,11 +159,12 @@ class Trainer:
             )
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
+        average_gradients(list(self.model.parameters()), c.workers)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self._average()
         self.step += 1
-        self.samples += c.batch
+        self.samples += c.batch * c.workers
         return {k: float(v.detach()) for k, v in terms.items()}
 
     def _average(self) -> None:
@@ -172,11 +182,11 @@ class Trainer:
         while self.step < end:
             for k, v in self.train_step().items():
                 sums[k] = sums.get(k, 0.0) + v
-            if self.step % c.log_every == 0:
+            if self.step % c.log_every == 0 and self.rank == 0:
                 rate = (time.time() - start) / (self.step - since)
                 self._report({k: v / c.log_every for k, v in sums.items()}, rate, end)
                 sums = {}
-            if self.step % c.save_every == 0 or self.step == end:
+            if self.rank == 0 and (self.step % c.save_every == 0 or self.step == end):
                 save_checkpoint(Path(c.out), self)
 
     def _report(self, terms: dict[str, float], rate: float, end: int) -> None:
@@ -199,14 +209,25 @@ def early_features(recogniser: DlibRecogniser, chips: Tensor) -> list[Tensor]:
     return out
 
 
-def train_tiny(config: TrainConfig, resume: bool = False) -> Trainer:
-    """Train, or go on from the newest checkpoint in `config.out`.
+def train_tiny(config: TrainConfig, resume: bool = False) -> Path:
+    """Train, or go on from the newest checkpoint in `config.out`; returns the checkpoint's folder.
 
     Raises:
         InputError: bad settings, or no pool.
         IdcoreError: the loss is not finite (the last checkpoint stays).
     """
-    trainer = Trainer(config)
+    config.check()
+    if config.workers == 1:
+        _work(0, config, resume, 0)
+    else:
+        torch.multiprocessing.spawn(_work, (config, resume, free_port()), nprocs=config.workers)
+    return find_checkpoint(Path(config.out))
+
+
+def _work(rank: int, config: TrainConfig, resume: bool, port: int) -> None:
+    if config.workers > 1:
+        join(rank, config.workers, port)
+    trainer = Trainer(config, rank)
     if resume:
         load_checkpoint(Path(config.out), trainer)
     elif config.init:
@@ -214,7 +235,7 @@ def train_tiny(config: TrainConfig, resume: bool = False) -> Trainer:
     else:
         trainer.fit_feature_scale()
     trainer.run()
-    return trainer
+    leave()
 
 
 def config_dict(config: TrainConfig) -> dict:

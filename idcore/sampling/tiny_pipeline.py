@@ -1,0 +1,208 @@
+"""`TinyPipeline`: the embedded model as a pipeline, a photo and a prompt to 64x64 pictures in four steps."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attach import attach
+from ..encoders.images import ImageLike
+from ..errors import InputError, WeightsError
+from ..identity import Identity
+from .few_step import noise_levels, sample, seeded_noise
+from .tiny_model import TinyConfig, TinyModel
+
+PACKAGE_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+BATCH = 16  # pictures in one pass of the network
+
+
+class TinyPipeline:
+    """The embedded model. One call at a time per object; different objects may run in different threads.
+
+    Attributes:
+        model: the `TinyModel` (float32, on the CPU); `model.unet` is a diffusers UNet.
+        config: the shipped config.json: hyper-parameters and figures of the training.
+    """
+
+    def __init__(self, model: TinyModel, config: dict | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = config or {}
+        self._lock = threading.Lock()
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.model.unet
+
+    @property
+    def system(self):
+        """The identity system that `idcore.attach` takes."""
+        return self.model.system
+
+    @classmethod
+    def from_package(cls) -> TinyPipeline:
+        """The model that the package ships."""
+        return cls.from_folder(PACKAGE_FOLDER)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> TinyPipeline:
+        """A model from a folder with `model.safetensors` and `config.json`.
+
+        Raises:
+            WeightsError: a file is missing or damaged, or is not the one whose hash stands in config.json.
+        """
+        from ..weights import read_safetensors, require_keys
+
+        folder = Path(folder)
+        for name in (WEIGHTS, CONFIG):
+            if not (folder / name).is_file():
+                raise WeightsError(
+                    f"{folder} has no {name}; wanted a folder with {WEIGHTS} and {CONFIG}. Install idcore again, or "
+                    "make one with `idcore train tiny`"
+                )
+        config = json.loads((folder / CONFIG).read_text())
+        _check_hash(folder / WEIGHTS, config.get("sha256"))
+        model = TinyModel(TinyConfig.from_dict(config["model"]))
+        tensors, _ = read_safetensors(folder / WEIGHTS, what="embedded model")
+        wanted = {k: v.shape for k, v in model.state_dict().items()}
+        require_keys(tensors, wanted, "embedded model")
+        model.load_state_dict({k: v.float() for k, v in tensors.items()})
+        return cls(model, config)
+
+    def save(self, folder: str | Path, figures: dict | None = None) -> Path:
+        """Write `model.safetensors` (float16) and `config.json` with its hash; returns the folder."""
+        from ..weights import write_safetensors
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = write_safetensors(folder / WEIGHTS, {k: v.half() for k, v in self.model.state_dict().items()})
+        config = {"model": self.model.config.as_dict(), **(figures or {})}
+        config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        return folder
+
+    def encode(self, photos: ImageLike | Sequence[ImageLike], analyzer=None, choose="largest") -> Identity:
+        """One person's photo or photos to an identity (see `idcore.systems.tiny_encode.encode_photos`)."""
+        from ..systems.tiny_encode import encode_photos
+
+        return encode_photos(self.system, photos, analyzer, choose)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        identity: Identity | ImageLike | None = None,
+        *,
+        id_scale: float = 1.0,
+        num_inference_steps: int = 4,
+        seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        backend: str | None = None,
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        """Pictures of prompts.
+
+        Args:
+            prompt: one, or several. Known: the styles photo, pencil, oil, cartoon, sepia, night; ten background
+                colours; neutral, smiling, surprised; front, left, right. What is not said stays as in the photo.
+            identity: from `encode`, or a photo (encoded on the spot), or None: some person.
+            id_scale: 0 leaves the identity out; between 0 and 1 its map is faded alike; above 1 only the attention
+                grows. Usual range 0 to 2.
+            num_inference_steps: 1 to 100; the model is made for 4.
+            seed: picture j of every prompt uses seed + j, or seed[j] of a list. The same seed gives the same
+                picture in any batch (up to 1/255 per value where the batch changes the order of a sum).
+            num_images_per_prompt: pictures per prompt.
+            output_type: "pil", "np" (uint8 [N, 64, 64, 3]) or "pt" (float [N, 3, 64, 64] in 0..1).
+            backend: backend of `id_attention` to insist on.
+
+        Returns:
+            len(prompts) * num_images_per_prompt pictures, prompt by prompt.
+
+        Raises:
+            InputError: an argument of the wrong kind; the text says which.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise InputError(f"prompt is a string or a list of strings, got {prompt!r:.80}; write what to draw in words")
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f'output_type is "pil", "np" or "pt", got {output_type!r}')
+        seeds = _seeds(seed, num_images_per_prompt)
+        noise_levels(num_inference_steps)
+        strength = _scale(id_scale)
+        tokens = self._identity(identity) if strength else None
+        jobs = [(p, s) for p in prompts for s in seeds]
+        with self._lock, torch.no_grad(), self._attached(tokens, strength, backend):
+            parts = [self._run(jobs[i : i + BATCH], tokens, strength, num_inference_steps) for i in range(0, len(jobs), BATCH)]
+        return _output(torch.cat(parts), output_type)
+
+    def _identity(self, identity: Identity | ImageLike | None) -> Identity | None:
+        if identity is None:
+            return None
+        if not isinstance(identity, Identity):
+            identity = self.encode(identity)
+        identity.require_system(self.system.name)
+        if len(identity) != 1:
+            raise InputError(f"the tiny pipeline draws one person per call, got an identity of {len(identity)} rows")
+        return identity
+
+    def _attached(self, identity: Identity | None, scale: float, backend: str | None):
+        if identity is None:
+            return contextlib.nullcontext()
+        return attach(self.unet, self.system, identity, id_scale=scale, cfg=False, backend=backend)
+
+    def _run(self, jobs: list[tuple[str, int]], identity: Identity | None, scale: float, steps: int) -> Tensor:
+        model, n = self.model, len(jobs)
+        size = model.config.size
+        if identity is None:
+            reference = torch.zeros(n, model.reference_channels, size // 2, size // 2)
+        else:
+            reference = torch.cat(model.reference(identity.tokens.cpu()), 1) * min(scale, 1.0)
+            reference = reference.expand(n, -1, -1, -1)
+        text, pooled = model.text(model.tokenizer([p for p, _ in jobs]))
+        noise = seeded_noise([s for _, s in jobs], (3, size, size))
+        return sample(lambda x, t: model(x, t, text, pooled, reference), noise, steps)
+
+
+def _check_hash(path: Path, wanted: str | None) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if wanted and found != wanted:
+        raise WeightsError(
+            f"{path} has SHA-256 {found[:16]}..., its config.json says {wanted[:16]}...: the file is damaged or from "
+            "another training; install idcore again"
+        )
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"num_images_per_prompt is a whole number from 1, got {count!r}")
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds):
+        raise InputError(f"seed is a whole number from 0 or a list of them, got {seed!r}")
+    if isinstance(seed, (list, tuple)):
+        if len(seeds) != count:
+            raise InputError(f"got {len(seeds)} seeds for num_images_per_prompt={count}; give one seed per picture")
+        return seeds
+    return [seeds[0] + j for j in range(count)]
+
+
+def _scale(id_scale: float) -> float:
+    ok = isinstance(id_scale, (int, float)) and not isinstance(id_scale, bool) and 0 <= id_scale <= 100
+    if not ok:
+        raise InputError(f"id_scale is a number from 0 (usually 0 to 2), got {id_scale!r}")
+    return float(id_scale)
+
+
+def _output(x: Tensor, kind: str) -> list[Image.Image] | np.ndarray | Tensor:
+    x = (x * 0.5 + 0.5).clamp(0, 1)
+    if kind == "pt":
+        return x
+    pictures = (x.permute(0, 2, 3, 1) * 255 + 0.5).to(torch.uint8).numpy()
+    return pictures if kind == "np" else [Image.fromarray(p) for p in pictures]
