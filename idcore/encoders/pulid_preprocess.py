@@ -21,7 +21,7 @@ from idcore.encoders.align import invert, similarity_transform, template
 from idcore.encoders.eva_clip import CLIP_MEAN, CLIP_STD, EvaClipVisual
 from idcore.encoders.images import ImageLike, load_image
 from idcore.encoders.pulid_features import PuLIDFeatures
-from idcore.errors import InputError
+from idcore.errors import InputError, NoFaceError
 
 if TYPE_CHECKING:
     from idcore.encoders.analyzer import FaceAnalyzer
@@ -137,6 +137,7 @@ class PuLIDPreprocess:
         parsing: Face parsing network. None is an explicit choice: background, clothes and colour then reach
             the encoder, which was trained without them; it warns once and the identity's meta says so.
         policy: Which face, as in ``FaceAnalyzer.choose``: "largest", "center", an index, or "only".
+        on_no_face: "raise", or "skip": leave photos without a face out as long as one is left.
         id_dim: Width wanted of the embedding.
         antialias: Of the 512 -> 336 resize. False is what the SDXL weights were published with.
         estimator: "lmeds" (as published, robust) or "least_squares".
@@ -150,6 +151,7 @@ class PuLIDPreprocess:
         parsing: BiSeNet | None,
         *,
         policy: str | int = "largest",
+        on_no_face: str = "raise",
         id_dim: int = 512,
         antialias: bool = False,
         estimator: str = "lmeds",
@@ -157,10 +159,12 @@ class PuLIDPreprocess:
     ) -> None:
         if estimator not in ("lmeds", "least_squares"):
             raise InputError(f"PuLIDPreprocess: estimator must be 'lmeds' or 'least_squares', got {estimator!r}")
+        if on_no_face not in ("raise", "skip"):
+            raise InputError(f"PuLIDPreprocess: on_no_face must be 'raise' or 'skip', got {on_no_face!r}")
         if max_side < 64:
             raise InputError(f"PuLIDPreprocess: max_side must be at least 64 pixels, got {max_side}")
         self.analyzer, self.tower, self.parsing = analyzer, tower, parsing
-        self.policy, self.id_dim, self.antialias = policy, id_dim, antialias
+        self.policy, self.on_no_face, self.id_dim, self.antialias = policy, on_no_face, id_dim, antialias
         self.estimator, self.max_side = estimator, max_side
         self._warned = False
 
@@ -184,11 +188,22 @@ class PuLIDPreprocess:
                 "which was trained on faces cut out in grey; likeness suffers",
                 stacklevel=2,
             )
-        return PuLIDFeatures.stack([self._one(photo, i) for i, photo in enumerate(photos)])
+        found = [f for f in (self._one(photo, i) for i, photo in enumerate(photos)) if f is not None]
+        if not found:
+            raise NoFaceError(
+                f"PuLIDPreprocess: there is no face in any of {len(photos)} photos; use photos in which a face is "
+                "upright, lit and not cut off"
+            )
+        features = PuLIDFeatures.stack(found)
+        if len(found) < len(photos):
+            features.meta["skipped"] = len(photos) - len(found)
+        return features
 
-    def _one(self, photo: ImageLike, number: int) -> PuLIDFeatures:
+    def _one(self, photo: ImageLike, number: int) -> PuLIDFeatures | None:
         image = shrink(load_image(photo), self.max_side)
         face = self._choose(image, number)
+        if face is None:
+            return None
         embedding = np.asarray(self.analyzer.embed(image, face), np.float32).reshape(-1)
         if embedding.shape != (self.id_dim,):
             raise InputError(
@@ -209,6 +224,8 @@ class PuLIDPreprocess:
 
     def _choose(self, image: Image.Image, number: int) -> Any:
         faces = self.analyzer.detect(image)
+        if not faces and self.on_no_face == "skip":
+            return None
         try:
             return self.analyzer.choose(faces, self.policy)
         except InputError as e:

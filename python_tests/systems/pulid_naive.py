@@ -155,3 +155,86 @@ def eva_tower(w, image, config):
         y = gate / (1 + torch.exp(-gate)) * linear(w, f"{name}.mlp.w2", y)
         x = x + linear(w, f"{name}.mlp.w3", layer_norm(w, f"{name}.mlp.ffn_ln", y, 1e-6))
     return linear(w, "head", layer_norm(w, "norm", x, 1e-6)[0]), taps
+
+
+def conv(w, name, x, stride=1, padding=1):
+    """Convolution [C, H, W] as one product per output row, no library convolution."""
+    kernel = w[f"{name}.weight"]
+    out_c, in_c, size, _ = kernel.shape
+    x = torch.nn.functional.pad(x, (padding,) * 4)
+    h, wd = (x.shape[1] - size) // stride + 1, (x.shape[2] - size) // stride + 1
+    out = torch.zeros(out_c, h, wd, dtype=x.dtype)
+    for dy in range(size):
+        for dx in range(size):
+            part = x[:, dy : dy + (h - 1) * stride + 1 : stride, dx : dx + (wd - 1) * stride + 1 : stride]
+            out += (kernel[:, :, dy, dx] @ part.reshape(in_c, -1)).reshape(out_c, h, wd)
+    return out
+
+
+def batch_norm(w, name, x):
+    scale = w[f"{name}.weight"] / torch.sqrt(w[f"{name}.running_var"] + 1e-5)
+    return (x - w[f"{name}.running_mean"][:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+
+
+def relu(x):
+    return x.clamp(min=0)
+
+
+def conv_bn_relu(w, name, x, padding=1):
+    return relu(batch_norm(w, f"{name}.bn", conv(w, f"{name}.conv", x, 1, padding)))
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def upscale(x):
+    """Nearest, twice as large."""
+    return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+def residual(w, name, x, stride):
+    short = x
+    if f"{name}.downsample.0.weight" in w:
+        short = batch_norm(w, f"{name}.downsample.1", conv(w, f"{name}.downsample.0", x, stride, 0))
+    y = relu(batch_norm(w, f"{name}.bn1", conv(w, f"{name}.conv1", x, stride)))
+    return relu(short + batch_norm(w, f"{name}.bn2", conv(w, f"{name}.conv2", y)))
+
+
+def refine(w, name, x):
+    x = conv_bn_relu(w, f"{name}.conv", x)
+    weight = conv(w, f"{name}.conv_atten", x.mean((1, 2))[:, None, None], 1, 0)
+    return x * sigmoid(batch_norm(w, f"{name}.bn_atten", weight))
+
+
+def bisenet(w, image):
+    """[3, H, W] normalised -> logits [classes, H, W] (first output; corners aligned)."""
+    x = relu(batch_norm(w, "cp.resnet.bn1", conv(w, "cp.resnet.conv1", image, 2, 3)))
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), value=float("-inf"))
+    shifts = [padded[:, i : i + x.shape[1] : 2, j : j + x.shape[2] : 2] for i in range(3) for j in range(3)]
+    x = torch.stack(shifts).amax(0)
+    maps = []
+    for layer in range(1, 5):
+        for block in range(2):
+            x = residual(w, f"cp.resnet.layer{layer}.{block}", x, 2 if layer > 1 and block == 0 else 1)
+        maps.append(x)
+    _, f8, f16, f32 = maps
+    mean = conv_bn_relu(w, "cp.conv_avg", f32.mean((1, 2))[:, None, None], 0)
+    coarse = conv_bn_relu(w, "cp.conv_head32", upscale(refine(w, "cp.arm32", f32) + mean))
+    fine = conv_bn_relu(w, "cp.conv_head16", upscale(refine(w, "cp.arm16", f16) + coarse))
+    x = conv_bn_relu(w, "ffm.convblk", torch.cat([f8, fine]), 0)
+    weight = conv(w, "ffm.conv2", relu(conv(w, "ffm.conv1", x.mean((1, 2))[:, None, None], 1, 0)), 1, 0)
+    x = x + x * sigmoid(weight)
+    x = conv(w, "conv_out.conv_out", conv_bn_relu(w, "conv_out.conv", x), 1, 0)
+    return stretch(stretch(x, image.shape[1], 1), image.shape[2], 2)
+
+
+def stretch(x, size, axis):
+    """Linear along one axis, first and last samples in place."""
+    x = x.movedim(axis, 0)
+    out = []
+    for i in range(size):
+        at = i * (len(x) - 1) / (size - 1)
+        low = min(int(at), len(x) - 2)
+        out.append(x[low] * (1 - (at - low)) + x[low + 1] * (at - low))
+    return torch.stack(out).movedim(0, axis)

@@ -289,6 +289,25 @@ def test_parsing_network_has_the_published_keys_and_size():
     assert 0 < 53_289_463 - size < 64_000  # the published file, less its zip and pickle records
 
 
+@torch.no_grad()
+def test_parsing_network_equals_the_naive_one():
+    net = noisy(BiSeNet(), 0.02)
+    for name, buffer in net.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(torch.rand_like(buffer) * 0.3)
+    for name, p in net.named_parameters():
+        if "bn" in name and name.endswith("weight"):
+            p.mul_(2.5)  # else random weights fade from layer to layer
+    image = torch.randn(2, 3, 64, 96)
+    w = naive.f64(net.state_dict())
+    got, got64 = net(image), net.double()(image.double())
+    for row in range(2):
+        want = naive.bisenet(w, image[row].double())
+        assert want.shape == (19, 64, 96) and want.std() > 0.01
+        torch.testing.assert_close(got64[row], want, rtol=1e-7, atol=1e-8 * float(want.abs().max()))
+        torch.testing.assert_close(got[row].double(), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
 def test_parsing_network_reads_its_file_and_gives_a_class_per_pixel(tmp_path):
     net = noisy(BiSeNet(), 0.02)
     path = write_safetensors(tmp_path / "parsing.safetensors", net.state_dict())

@@ -1,0 +1,325 @@
+"""Photos to PuLID's features: each step against loops, one face for both branches, nothing silent."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from idcore.encoders.align import similarity_transform, template
+from idcore.encoders.eva_clip import CLIP_MEAN, CLIP_STD, EvaClipConfig, EvaClipVisual
+from idcore.encoders.face import Chooses, Face
+from idcore.encoders.face_parsing import LABELS, BiSeNet
+from idcore.encoders.pulid_preprocess import (
+    WHITENED,
+    PuLIDPreprocess,
+    clip_pixels,
+    lmeds_transform,
+    shrink,
+    warp_bilinear,
+    whiten,
+)
+from idcore.errors import InputError, NoFaceError, SeveralFacesError
+from idcore.metrics.similarity import ARCFACE_COSINE
+from idcore.systems.pulid import PuLID, PuLIDConfig
+from idcore.systems.pulid_encoders import EncoderConfig
+
+EVA = EvaClipConfig(image_size=24, patch_size=8, width=16, depth=6, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2,
+                    taps=(1, 2, 3, 4, 5))
+FFHQ = template("ffhq")
+
+
+class FakeAnalyzer(Chooses):
+    """Faces at given places; the embedding says which face was embedded and in a picture of what size."""
+
+    name, measure, provider = "fake", ARCFACE_COSINE, "CPUExecutionProvider"
+
+    def __init__(self, faces, width=4):
+        self.faces, self.width, self.embedded = faces, width, []
+
+    def detect(self, image):
+        return [Face(np.array(b, np.float32), 0.9, np.array(p, np.float32), image.size) for b, p in self.faces]
+
+    def align(self, image, face):
+        raise NotImplementedError
+
+    def embed(self, image, face):
+        self.embedded.append(face)
+        return np.array([*face.center, image.size[0], 20.0][: self.width] + [0.0] * (self.width - 4), np.float32)
+
+
+def points_at(x, y, scale):
+    return FFHQ * scale + (x, y)
+
+
+def photo(width=300, height=200, seed=0):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+BIG = ((10, 10, 120, 120), points_at(10, 10, 0.2))
+CENTRAL = ((140, 80, 170, 120), points_at(125, 75, 0.1))
+
+
+def pipeline(faces=(BIG, CENTRAL), parsing=None, **kw):
+    torch.manual_seed(3)
+    tower = EvaClipVisual(EVA).eval()
+    return PuLIDPreprocess(FakeAnalyzer(list(faces)), tower, parsing, **{"id_dim": 4, **kw})
+
+
+class FakeParser:
+    """Cheap stand-in for BiSeNet where a test is not about it: bright pixels are skin, the rest background."""
+
+    weights_hash = "sha256:fake"
+
+    def labels(self, images):
+        return (images.mean(1) > 0.5).long()
+
+
+def parser():
+    torch.manual_seed(4)
+    net = BiSeNet().eval()
+    for p in net.parameters():
+        p.data.add_(torch.randn_like(p) * 0.02)
+    return net
+
+
+# -- single steps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size,want", [
+    ((300, 200), (300, 200)), ((1024, 10), (1024, 10)), ((2048, 1000), (1024, 500)), ((999, 3000), (340, 1024)),
+])  # fmt: skip
+def test_photos_are_shrunk_and_never_enlarged(size, want):
+    image = Image.new("RGB", size)
+    out = shrink(image)
+    assert out.size == want and (out is image) == (size == want)
+
+
+def test_least_median_of_squares_equals_least_squares_where_all_points_fit():
+    turn = np.array([[math.cos(0.3), -math.sin(0.3)], [math.sin(0.3), math.cos(0.3)]])
+    source = FFHQ @ turn * 1.7 + (40, -9)
+    np.testing.assert_allclose(lmeds_transform(source, FFHQ), similarity_transform(source, FFHQ), atol=1e-9)
+    moved = source @ lmeds_transform(source, FFHQ)[:, :2].T + lmeds_transform(source, FFHQ)[:, 2]
+    np.testing.assert_allclose(moved, FFHQ, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_least_median_of_squares_throws_one_wrong_landmark_out(wrong):
+    source = FFHQ * 0.5 + (100, 50)
+    source[wrong] += (90, -70)
+    matrix = lmeds_transform(source, FFHQ)
+    rest = [i for i in range(5) if i != wrong]
+    moved = source @ matrix[:, :2].T + matrix[:, 2]
+    np.testing.assert_allclose(moved[rest], FFHQ[rest], atol=1e-6)
+    plain = similarity_transform(source, FFHQ)
+    assert np.abs(source[rest] @ plain[:, :2].T + plain[:, 2] - FFHQ[rest]).max() > 10
+
+
+@pytest.mark.parametrize("source,want", [
+    ([[151.46, 141.27], [240.78, 154.96], [212.21, 185.43], [184.24, 217.4], [239.06, 213.92]],
+     (2.10256, 0.01595, -185.06513, -84.94168)),
+    ([[131.28, 171.48], [204.87, 174.19], [191.08, 198.24], [141.49, 236.21], [198.54, 240.08]],
+     (1.9748, -0.12336, -107.68611, -78.19923)),
+    ([[89.62, 228.13], [196.32, 219.18], [170.86, 253.46], [145.73, 286.56], [198.05, 285.73]],
+     (2.04765, 0.12032, -60.04681, -232.1059)),
+])  # fmt: skip
+def test_least_median_of_squares_gives_opencvs_result(source, want):
+    """estimateAffinePartial2D(source, template, method=LMEDS) of OpenCV 5.0.0; in the first case it matters which
+    pairs of landmarks are drawn, in the others which landmarks are thrown out."""
+    a, b, x, y = want  # which OpenCV works out in float32
+    np.testing.assert_allclose(lmeds_transform(source, FFHQ), [[a, -b, x], [b, a, y]], atol=3e-4)
+
+
+def test_landmarks_that_coincide_are_named():
+    with pytest.raises(InputError, match="coincide"):
+        lmeds_transform(np.ones((5, 2)), FFHQ)
+    with pytest.raises(InputError, match=r"five points \[5, 2\] twice, got \(4, 2\)"):
+        lmeds_transform(np.ones((4, 2)), FFHQ)
+
+
+@pytest.mark.parametrize("angle,scale,shift", [
+    (0, 1, (0, 0)), (0.4, 0.7, (9, -4)), (-1.2, 2.3, (-30, 25)), (0, 1, (500, 0)),
+])  # fmt: skip
+def test_warp_equals_bilinear_loops_with_a_coloured_border(angle, scale, shift):
+    image = np.asarray(photo(40, 30))
+    c, s = math.cos(angle) * scale, math.sin(angle) * scale
+    matrix = np.array([[c, -s, shift[0]], [s, c, shift[1]]])
+    fill, size = (132, 133, 135), 36
+    got = warp_bilinear(image, matrix, size, fill)
+
+    def pixel(x, y):
+        inside = 0 <= x < image.shape[1] and 0 <= y < image.shape[0]
+        return image[y, x].astype(float) if inside else np.array(fill, float)
+
+    back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
+    for v in range(size):
+        for u in range(size):
+            x, y, _ = back @ (u, v, 1)
+            x0, y0 = math.floor(x), math.floor(y)
+            fx, fy = x - x0, y - y0
+            want = ((1 - fx) * (1 - fy) * pixel(x0, y0) + fx * (1 - fy) * pixel(x0 + 1, y0)
+                    + (1 - fx) * fy * pixel(x0, y0 + 1) + fx * fy * pixel(x0 + 1, y0 + 1))  # fmt: skip
+            assert np.abs(got[v, u] - want).max() <= 0.5 + 1e-6, (u, v)
+
+
+def test_whitening_keeps_face_and_hair_in_grey():
+    assert [LABELS[i] for i in WHITENED] == [
+        "background", "left ear", "right ear", "earring", "neck", "necklace", "cloth", "hat"]  # fmt: skip
+    chips = torch.rand(2, 3, 4, 19)
+    labels = torch.arange(19).expand(2, 4, 19)
+    out = whiten(chips, labels)
+    for n in range(2):
+        for y in range(4):
+            for x in range(19):
+                r, g, b = chips[n, :, y, x].double()
+                want = 1.0 if x in (0, 7, 8, 9, 14, 15, 16, 18) else 0.299 * r + 0.587 * g + 0.114 * b
+                assert torch.allclose(out[n, :, y, x].double(), torch.full((3,), float(want)).double(), atol=1e-6)
+
+
+def cubic(t, a=-0.75):
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+
+def test_resize_is_plain_bicubic_and_antialias_is_an_option():
+    """One row, 512 -> 336, by hand: four taps with a = -0.75, edges repeated, overshoot kept."""
+    torch.manual_seed(1)
+    row = (torch.rand(512) > 0.5).double()
+    chip = row.expand(1, 3, 512, 512).float()
+    out = clip_pixels(chip, 336, antialias=False)
+    for i in (0, 1, 100, 335):
+        x = (i + 0.5) * 512 / 336 - 0.5
+        x0 = math.floor(x)
+        want = sum(cubic(x - (x0 + j)) * float(row[min(max(x0 + j, 0), 511)]) for j in range(-1, 3))
+        for c in range(3):
+            assert abs(float(out[0, c, 50, i]) - (want - CLIP_MEAN[c]) / CLIP_STD[c]) < 1e-4
+    values = out[0, 0] * CLIP_STD[0] + CLIP_MEAN[0]
+    assert values.max() > 1.01 and values.min() < -0.01
+    assert (clip_pixels(chip, 336, antialias=True) - out).abs().max() > 0.1
+
+
+# -- the chain ------------------------------------------------------------------------------------------------
+
+
+def test_features_follow_the_chain_step_by_step():
+    net = parser()
+    pre = pipeline(parsing=net)
+    image = photo()
+    got = pre(image)
+    chip = warp_bilinear(np.asarray(image), lmeds_transform(BIG[1], FFHQ), 512, (132, 133, 135))
+    x = torch.from_numpy(chip).permute(2, 0, 1)[None].float() / 255
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    labels = net((x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)).argmax(1)
+    clip, hidden = pre.tower(clip_pixels(whiten(x, labels), 24, False))
+    want = torch.cat([torch.tensor([[65.0, 65.0, 300.0, 20.0]]), clip / clip.norm()], 1)
+    torch.testing.assert_close(got.id_cond, want[None])
+    assert got.n == 1 and [tuple(h.shape) for h in got.hidden] == [(1, 1, 10, 16)] * 5
+    for a, b in zip(got.hidden, hidden):
+        torch.testing.assert_close(a[0], b)
+    torch.testing.assert_close(got.id_cond[0, 0, 4:].norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("policy,box", [("largest", BIG), ("center", CENTRAL), (1, CENTRAL)])
+def test_one_face_serves_both_branches(policy, box):
+    """The largest face is not the central one: recogniser and vision tower must see the same of the two."""
+    pre = pipeline(parsing=FakeParser(), policy=policy)
+    got = pre(photo())
+    alone = pipeline(faces=[box], parsing=FakeParser())(photo())
+    assert torch.equal(got.id_cond, alone.id_cond)
+    assert all(torch.equal(a, b) for a, b in zip(got.hidden, alone.hidden))
+    assert [tuple(f.box) for f in pre.analyzer.embedded] == [box[0]]
+
+
+def test_several_photos_lie_side_by_side_in_order():
+    pre = pipeline(parsing=FakeParser())
+    photos = [photo(seed=s) for s in range(3)]
+    got = pre(photos)
+    assert got.id_cond.shape == (1, 3, 10) and got.hidden[0].shape == (1, 3, 10, 16)
+    for i, p in enumerate(photos):
+        alone = pre(p)
+        assert torch.equal(got.id_cond[:, i], alone.id_cond[:, 0])
+        assert torch.equal(got.hidden[4][:, i], alone.hidden[4][:, 0])
+
+
+def test_large_photos_are_shrunk_before_the_face_is_looked_for():
+    pre = pipeline(faces=[BIG], parsing=FakeParser(), max_side=150)
+    assert float(pre(photo(300, 200)).id_cond[0, 0, 2]) == 150
+
+
+def test_without_parsing_it_warns_once_and_the_identity_says_so():
+    pre = pipeline()
+    with pytest.warns(UserWarning, match="PuLID without a parsing network"):
+        features = pre(photo())
+    assert features.meta["parsing"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pre(photo())
+        with_net = pipeline(parsing=FakeParser())(photo())
+    assert with_net.meta["parsing"] is not None
+    assert not torch.equal(with_net.id_cond[..., 4:], features.id_cond[..., 4:])
+
+
+def test_meta_says_how_the_photo_was_read():
+    meta = pipeline(parsing=FakeParser(), antialias=True, estimator="least_squares")(photo()).meta
+    assert meta["preprocess"] == "pulid-1" and meta["face_analyzer"] == "fake" and meta["policy"] == "largest"
+    assert meta["antialias"] is True and meta["estimator"] == "least_squares" and meta["max_side"] == 1024
+    assert {"vision_tower", "parsing"} <= meta.keys()
+
+
+def test_from_photos_to_a_saved_identity(tmp_path):
+    torch.manual_seed(0)
+    encoder = EncoderConfig("v1", id_dim=10, vit_dim=16, width=16, output_dim=14)
+    system = PuLID(PuLIDConfig(encoder, ((1, 8),)), preprocess=pipeline(parsing=FakeParser())).eval()
+    assert len(system.state_dict()) == 112  # the tower and the parser are not part of PuLID's weights
+    me = system.encode([photo(), photo(seed=1)])
+    assert me.tokens.shape == (1, 15, 14) and me.meta["photos"] == 2 and me.meta["preprocess"] == "pulid-1"
+    me.save(tmp_path / "me.safetensors")
+    assert type(me).load(tmp_path / "me.safetensors").meta == me.meta
+
+
+@pytest.mark.parametrize("faces,kw,error,text", [
+    ([], {}, NoFaceError, r"photo 1 \(300x200\): There is no face"),
+    ([BIG, CENTRAL], {"policy": "only"}, SeveralFacesError, r"photo 1 .*Exactly one face is wanted, 2 were found"),
+    ([BIG], {"policy": 3}, InputError, "no face 3 among 1"),
+    ([BIG], {"id_dim": 512}, InputError, "embedding of 512 numbers, fake gives 4.*glintr100"),
+])  # fmt: skip
+def test_faces_that_do_not_fit_are_named(faces, kw, error, text):
+    with pytest.raises(error, match=text):
+        pipeline(faces, parsing=FakeParser(), **kw)(photo())
+
+
+def test_photos_without_a_face_may_be_left_out():
+    class Sometimes(FakeAnalyzer):
+        def detect(self, image):
+            return [] if image.size[0] == 310 else super().detect(image)
+
+    pre = pipeline(parsing=FakeParser(), on_no_face="skip")
+    pre.analyzer = Sometimes([BIG])
+    got = pre([photo(310), photo(seed=1), photo(310)])
+    assert got.n == 1 and got.meta["skipped"] == 2
+    assert torch.equal(got.id_cond, pre(photo(seed=1)).id_cond)
+    with pytest.raises(NoFaceError, match="no face in any of 2 photos"):
+        pre([photo(310), photo(310)])
+
+
+@pytest.mark.parametrize("kw,text", [
+    ({"estimator": "ransac"}, "estimator must be 'lmeds' or 'least_squares', got 'ransac'"),
+    ({"max_side": 8}, "max_side must be at least 64"),
+    ({"on_no_face": "ignore"}, "on_no_face must be 'raise' or 'skip', got 'ignore'"),
+])  # fmt: skip
+def test_options_that_do_not_exist_are_named(kw, text):
+    with pytest.raises(InputError, match=text):
+        pipeline(**kw)
+
+
+def test_no_photos_and_no_picture_are_named(tmp_path):
+    with pytest.raises(InputError, match="at least one photo, got an empty list"):
+        pipeline(parsing=FakeParser())([])
+    with pytest.raises(InputError, match="There is no file"):
+        pipeline(parsing=FakeParser())(tmp_path / "none.jpg")
