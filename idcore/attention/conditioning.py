@@ -125,7 +125,7 @@ class Conditioning:
         self.backend = backend
         self.device = torch.device("cpu")
         self._bank: dict[Any, Any] = {}
-        self._versions_seen: tuple[int, ...] = ()
+        self._versions_seen: tuple[tuple[int, bool], ...] = ()
         self._grids: dict[Any, Tensor] = {}
         self._table: Tensor | None = None
         self.set_scale(1.0)
@@ -272,11 +272,11 @@ class Conditioning:
             return True
         return isinstance(self.system, nn.Module) and any(p.requires_grad for p in self.system.parameters())
 
-    def _versions(self) -> tuple[int, ...]:
+    def _versions(self) -> tuple[tuple[int, bool], ...]:
         tensors = [t for p in self.people for t in (p.tokens, getattr(p, "uncond_tokens", None)) if t is not None]
         if isinstance(self.system, nn.Module):
             tensors += self.system.parameters()
-        return tuple(0 if t.is_inference() else t._version for t in tensors)
+        return tuple((0 if t.is_inference() else t._version, t.requires_grad) for t in tensors)
 
     def _project(self, name: str, person: Any, like: Tensor) -> Pair:
         tokens, uncond = person.tokens, getattr(person, "uncond_tokens", None)

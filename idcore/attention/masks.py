@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def _tensor(mask: Any) -> Tensor:
         if hasattr(mask, "convert"):
             mask = mask.convert("L")
         try:
-            t = torch.from_numpy(np.ascontiguousarray(mask))
+            t = torch.from_numpy(np.array(mask))
         except TypeError as e:
             raise InputError(
                 f"id_mask: wanted a PIL image, an array or a tensor [H, W], got {type(mask).__name__}"

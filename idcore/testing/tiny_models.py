@@ -186,3 +186,52 @@ def tiny_ip_adapter(unet: nn.Module, seed: int = 0, tokens: int = 4, width: int 
         "norm.bias": torch.zeros(dim),
     }
     return {"image_proj": projection, "ip_adapter": layers}
+
+
+class TinySystem(nn.Module):
+    """A `System` with random weights: one bias-free linear layer per site gives keys and values.
+
+    Args:
+        unet: its cross-attention layers are the sites.
+        width: E, width of identity tokens.
+        seed: of the random weights.
+        options: how the identity joins; default `AttentionOptions()`.
+        name: of the system.
+    """
+
+    def __init__(
+        self, unet: nn.Module, width: int = 12, seed: int = 0, options: Any = None, name: str = "tiny-random"
+    ) -> None:
+        from ..attention.sites import find_sites
+        from ..attention.types import AttentionOptions
+
+        super().__init__()
+        self.name = name
+        self.options = options or AttentionOptions()
+        self.width = width
+        self.projections = 0  # how often `project` ran
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            layers = {str(s.index): nn.Linear(width, 2 * s.hidden, bias=False) for s in find_sites(unet)}
+        self.layers = nn.ModuleDict(layers).requires_grad_(False)
+
+    def sites(self, unet: nn.Module) -> list[Any]:
+        """All cross-attention layers."""
+        from ..attention.sites import find_sites
+
+        return find_sites(unet)
+
+    def project(self, site: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[Bi, L, E] -> keys and values [Bi, L, C]"""
+        self.projections += 1
+        k, v = self.layers[str(site.index)](tokens.to(self.layers[str(site.index)].weight)).chunk(2, -1)
+        return k, v
+
+    def identity(self, seed: int = 0, rows: int = 1, length: int = 6, uncond: bool = True) -> Any:
+        """An `Identity` of random tokens."""
+        from ..identity import Identity
+
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(rows, length, self.width, generator=g)
+        plain = torch.randn(1, length, self.width, generator=g) if uncond else None
+        return Identity(tokens, plain, self.name)
