@@ -9,6 +9,7 @@ Three layouts of PuLID's SDXL adapters are read (all hold the same tensors):
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import secrets
@@ -35,8 +36,8 @@ from idcore.files import (
 __all__ = [
     "PULID_LAYOUTS",
     "WeightsInfo",
+    "convert",
     "convert_pickle",
-    "convert_pulid",
     "describe",
     "detect",
     "fingerprint",
@@ -150,7 +151,7 @@ def convert_pickle(src: str | os.PathLike, dst: str | os.PathLike) -> WeightsInf
         flat = kept
     require_finite(flat, f"weights {src}")
     write_safetensors(dst, flat, {"converted_from": src.name, "note": left_out})
-    return WeightsInfo(**{**describe(dst).__dict__, "note": left_out})
+    return dataclasses.replace(describe(dst), note=left_out)
 
 
 def _flatten(loaded: object) -> tuple[dict[str, Tensor], list[str]]:
@@ -215,14 +216,17 @@ def read_pulid(path: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]
     return out, info
 
 
-def convert_pulid(src: str | os.PathLike, dst: str | os.PathLike, *, layout: str = "pulid",
-                  unpickle: bool = False) -> WeightsInfo:
-    """Write a PuLID file in another layout, as safetensors, dtypes unchanged.
+def convert(src: str | os.PathLike, dst: str | os.PathLike, *, layout: str = "pulid",
+            unpickle: bool = False) -> WeightsInfo:
+    """Any weights that idcore reads, as safetensors, dtypes unchanged.
+
+    PuLID weights come out in the layout asked for. EVA-CLIP and face parsing weights have one layout only; they
+    need this once, because they are published as torch pickles.
 
     Args:
-        src: Safetensors in any layout, or with ``unpickle`` a torch pickle (see :func:`convert_pickle`).
+        src: Safetensors, or with ``unpickle`` a torch pickle (see :func:`convert_pickle`).
         dst: The safetensors file to write.
-        layout: "pulid" or "community".
+        layout: For PuLID: "pulid" or "community".
         unpickle: Allow a torch pickle; nothing of it but tensors is read.
 
     Raises:
@@ -230,14 +234,17 @@ def convert_pulid(src: str | os.PathLike, dst: str | os.PathLike, *, layout: str
         WeightsError: as in :func:`read_pulid`, :func:`convert_pickle` and :func:`write_safetensors`.
     """
     if layout not in PULID_LAYOUTS:
-        raise InputError(f"convert_pulid: layout must be 'pulid' or 'community', got {layout!r}")
+        raise InputError(f"convert: layout must be 'pulid' or 'community', got {layout!r}")
     dst = Path(dst)
     if not (unpickle and sniff(src) == "torch pickle"):
         return _write_layout(src, dst, layout)
     between = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.unpickled")
     try:
-        convert_pickle(src, between)
-        return _write_layout(between, dst, layout)
+        info = convert_pickle(src, between)
+        if info.layout not in ("eva_clip", "bisenet", layout):
+            return _write_layout(between, dst, layout)
+        os.replace(between, dst)
+        return dataclasses.replace(info, path=dst)
     finally:
         between.unlink(missing_ok=True)
 
@@ -246,3 +253,6 @@ def _write_layout(src: str | os.PathLike, dst: Path, layout: str) -> WeightsInfo
     state, info = read_pulid(src)
     write_safetensors(dst, {to_layout(k, layout): t for k, t in state.items()}, info.metadata)
     return describe(dst)
+
+
+convert_pulid = convert

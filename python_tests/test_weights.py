@@ -13,8 +13,8 @@ from idcore.errors import InputError, WeightsError
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.weights import (
+    convert,
     convert_pickle,
-    convert_pulid,
     describe,
     fingerprint,
     read_pulid,
@@ -284,21 +284,35 @@ def test_wrong_version_flux_and_foreign_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["pulid", "community"])
-def test_convert_pulid_rewrites_any_layout(tmp_path, layout):
+def test_convert_rewrites_any_layout(tmp_path, layout):
     system = tiny("v1")
     torch.save(system.state_dict(), tmp_path / "v1.bin")
     with pytest.raises(WeightsError, match="torch pickle"):
-        convert_pulid(tmp_path / "v1.bin", tmp_path / "a.safetensors")
-    info = convert_pulid(tmp_path / "v1.bin", tmp_path / "a.safetensors", layout=layout, unpickle=True)
+        convert(tmp_path / "v1.bin", tmp_path / "a.safetensors")
+    info = convert(tmp_path / "v1.bin", tmp_path / "a.safetensors", layout=layout, unpickle=True)
     assert (info.layout, info.version, info.tensors) == (layout, "v1", 116)
     other = "pulid" if layout == "community" else "community"
-    assert convert_pulid(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout=other).layout == other
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout=other).layout == other
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "v1.bin"]
     for name in "ab":
         back = PuLID.from_weights(tmp_path / f"{name}.safetensors", config=system.config).state_dict()
         assert all(torch.equal(v, system.state_dict()[k]) for k, v in back.items())
     with pytest.raises(InputError, match="layout must be 'pulid' or 'community', got 'comfy'"):
-        convert_pulid(tmp_path / "a.safetensors", tmp_path / "c.safetensors", layout="comfy")
+        convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", layout="comfy")
+
+
+def test_convert_takes_the_vision_tower_and_the_parsing_network_too(tmp_path):
+    torch.save({"cp.resnet.conv1.weight": torch.ones(2)}, tmp_path / "parsing.pth")
+    info = convert(tmp_path / "parsing.pth", tmp_path / "parsing.safetensors", unpickle=True)
+    assert info.layout == "bisenet" and info.path == tmp_path / "parsing.safetensors" and info.path.exists()
+    tower = {"visual.blocks.0.attn.inner_attn_ln.weight": torch.ones(2), "text.x": torch.ones(1)}
+    torch.save(tower, tmp_path / "eva.pt")
+    info = convert(tmp_path / "eva.pt", tmp_path / "eva.safetensors", unpickle=True)
+    assert info.layout == "eva_clip" and info.tensors == 1 and "left out 1 tensors" in info.note
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="is no PuLID file .layout unknown, 1 tensors."):
+        convert(tmp_path / "other.pt", tmp_path / "other.safetensors", unpickle=True)
+    assert not [f for f in os.listdir(tmp_path) if f.startswith((".", "other.s"))]
 
 
 def test_fingerprint_is_of_names_shapes_and_bytes():
