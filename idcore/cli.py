@@ -17,7 +17,9 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train a system.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output; all else goes to standard error.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output; all else goes to standard error.")
+]
 Faces = Annotated[
     str, typer.Option(help='Face models: "embedded", or a folder in the layout of antelopev2 (SCRFD and ArcFace).')
 ]
@@ -27,6 +29,7 @@ Choose = Annotated[
 System = Annotated[str, typer.Option(help='"tiny" (embedded) or "pulid" (needs --weights).')]
 Weights = Annotated[Path | None, typer.Option(help="PuLID weights: a safetensors file in any published layout.")]
 Vision = Annotated[Path | None, typer.Option(help="PuLID: EVA02-CLIP-L-336 weights for encoding photos.")]
+Parsing = Annotated[Path | None, typer.Option(help="PuLID: BiSeNet face parsing weights; without them it warns.")]
 
 
 @app.command()
@@ -50,13 +53,16 @@ def encode(
     system: System = "tiny",
     weights: Weights = None,
     vision: Vision = None,
+    parsing: Parsing = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
 ) -> None:
     """Photos of a person to an identity file."""
     from .workflows import encode_photos
 
-    identity = encode_photos(photos, system=system, weights=weights, vision=vision, faces=faces, choose=choose)
+    identity = encode_photos(
+        photos, system=system, weights=weights, vision=vision, parsing=parsing, faces=faces, choose=choose
+    )
     identity.save(out)
     typer.echo(f"{out}: {identity}", err=True)
 
@@ -66,7 +72,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     id: Annotated[Path | None, typer.Option("--id", help="A photo, or an identity made by `idcore encode`.")] = None,
-    base: Annotated[str, typer.Option(help='"tiny", or a folder with an SDXL pipeline in diffusers\' layout.')] = "tiny",
+    base: Annotated[
+        str, typer.Option(help='"tiny", or a folder with an SDXL pipeline in diffusers\' layout.')
+    ] = "tiny",
     negative: Annotated[str, typer.Option(help="Negative prompt (SDXL).")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Picture i uses seed + i.")] = 0,
@@ -78,6 +86,7 @@ def generate(
     system: Annotated[str, typer.Option(help='"auto": what the identity was made with.')] = "auto",
     weights: Weights = None,
     vision: Vision = None,
+    parsing: Parsing = None,
     preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
@@ -88,7 +97,7 @@ def generate(
     request = GenerateRequest(
         prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,
         id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
-        vision=vision, preset=preset, faces=faces, choose=choose,
+        vision=vision, parsing=parsing, preset=preset, faces=faces, choose=choose,
     )  # fmt: skip
     for path in generate_pictures(request):
         typer.echo(path)
@@ -98,7 +107,9 @@ def generate(
 def convert(
     source: Annotated[Path, typer.Argument(help="A PuLID file: .safetensors in any published layout, or v1's .bin.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    layout: Annotated[str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')] = "pulid",
+    layout: Annotated[
+        str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')
+    ] = "pulid",
     unpickle: Annotated[
         bool, typer.Option(help="Allow reading a pickle (weights_only; no code of the file runs).")
     ] = False,

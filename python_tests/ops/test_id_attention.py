@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from naive import naive
+from id_attention_naive import naive
 
 from idcore.backends import reference_bwd
 from idcore.backends.call import normalize

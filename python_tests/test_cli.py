@@ -1,0 +1,139 @@
+"""The command line on the embedded model and on a tiny random SDXL folder; bad inputs end with one clear text."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from idcore import cli
+from idcore.errors import IdcoreError
+from idcore.identity import Identity
+from idcore.systems.pulid import PuLID, PuLIDConfig
+from idcore.systems.pulid_encoders import EncoderConfig
+from idcore.testing.tiny_models import tiny_pipeline
+from idcore.workflows import GenerateRequest, generate_pictures
+
+
+@pytest.fixture(scope="module")
+def photo():
+    from pathlib import Path
+
+    import idcore
+
+    return Path(idcore.__file__).parent / "assets/photos/astronaut.png"
+
+
+def run(*args):
+    """Exit status, standard output and the error text, as `idcore ...` would give them."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    text = str(result.exception) if isinstance(result.exception, IdcoreError) else ""
+    return result.exit_code, result.stdout, text or result.output
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A saved tiny random SDXL, PuLID weights that fit it, and an identity of one person."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    pipe = tiny_pipeline("sdxl")
+    pipe.save_pretrained(folder / "base")
+    encoder = EncoderConfig("v1", output_dim=32)
+    torch.manual_seed(0)
+    system = PuLID(PuLIDConfig.for_unet(pipe.unet, encoder))
+    system.save(folder / "pulid.safetensors")
+    tokens = torch.randn(1, 10, 32) * 3
+    Identity(tokens, torch.zeros(1, 10, 32), system.name, {}).save(folder / "me.safetensors")
+    return folder
+
+
+def pictures(paths):
+    return [np.asarray(Image.open(p)) for p in paths]
+
+
+def test_generate_with_the_embedded_model(tmp_path, photo):
+    status, out, error = run("encode", photo, "--out", tmp_path / "me.safetensors")
+    assert status == 0, error
+    args = ("generate", "--prompt", "a photo of a person, blue background", "--count", 3, "--seed", 5)
+    status, out, error = run(*args, "--id", tmp_path / "me.safetensors", "--out", tmp_path / "a")
+    assert status == 0, error
+    assert [line.rsplit("/", 1)[1] for line in out.split()] == ["000_seed5.png", "001_seed6.png", "002_seed7.png"]
+    status, out2, error = run(*args[:-4], "--count", 1, "--seed", 6, "--id", photo, "--out", tmp_path / "b")
+    assert status == 0, error
+    a, b = pictures(out.split())[1], pictures(out2.split())[0]
+    assert np.abs(a.astype(int) - b).max() <= 1, "same seed, same picture, whatever the batch"
+    info = json.loads((tmp_path / "b" / "generate.json").read_text())
+    assert len(info["similarity"]["values"]) == 1 and "same recogniser" in info["similarity"]["measure"].lower()
+
+
+def request(sdxl, out, **over):
+    values = dict(
+        prompt="a person",
+        out=out,
+        id=sdxl / "me.safetensors",
+        base=str(sdxl / "base"),
+        weights=sdxl / "pulid.safetensors",
+        width=16,
+        height=16,
+    )
+    return GenerateRequest(**{**values, **over})
+
+
+def test_generate_with_an_sdxl_folder_and_pulid(sdxl, tmp_path):
+    with_id = pictures(generate_pictures(request(sdxl, tmp_path / "a", count=2, seed=3)))
+    again = pictures(generate_pictures(request(sdxl, tmp_path / "b", seed=4)))
+    without = pictures(generate_pictures(request(sdxl, tmp_path / "c", seed=4, id_scale=0.0)))
+    plain = pictures(generate_pictures(request(sdxl, tmp_path / "d", seed=4, id=None)))
+    assert np.array_equal(with_id[1], again[0]), "the same seed gives the same picture whatever the count"
+    assert np.array_equal(without[0], plain[0]), "id_scale 0 is not attached"
+    assert not np.array_equal(again[0], plain[0]), "the identity has an influence"
+
+
+def test_presets_differ(sdxl, tmp_path):
+    a = pictures(generate_pictures(request(sdxl, tmp_path / "a", preset="fidelity")))
+    b = pictures(generate_pictures(request(sdxl, tmp_path / "b", preset="style")))
+    assert not np.array_equal(a[0], b[0])
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (("generate", "--prompt", " ", "--out", "{tmp}"), "the prompt is empty"),
+        (("generate", "--prompt", "x", "--out", "{tmp}", "--base", "{tmp}/none"), "has no model_index.json"),
+        (("generate", "--prompt", "x", "--out", "{tmp}", "--id", "{tmp}/none.png"), "none.png"),
+        (("generate", "--prompt", "x", "--out", "{tmp}", "--system", "pulid"), 'base "tiny" works with system "tiny"'),
+        (("generate", "--prompt", "x", "--out", "/proc/none"), "cannot write into /proc/none"),
+        (("encode", "{tmp}/none.png", "--out", "{tmp}/a.safetensors"), "none.png"),
+        (("encode", "{photo}", "--system", "pulid", "--out", "{tmp}/a.safetensors"), "needs its adapter weights"),
+        (("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"), 'system must be "tiny" or "pulid"'),
+        (("convert", "{tmp}/none.bin", "{tmp}/a.safetensors"), "none.bin"),
+        (("encode", "{grey}", "--out", "{tmp}/a.safetensors"), "No face was found"),
+        (("demo", "--photo", "{grey}", "--out", "{tmp}/d"), "No face was found"),
+    ],
+)
+def test_bad_input_is_one_clear_text(args, text, tmp_path, photo):
+    grey = tmp_path / "grey.png"
+    Image.new("RGB", (200, 200), (128, 128, 128)).save(grey)
+    status, _, error = run(*(str(a).format(tmp=tmp_path, photo=photo, grey=grey) for a in args))
+    assert status == 1 and text in error, error
+
+
+def test_an_identity_of_another_system_is_refused(sdxl, tmp_path):
+    with pytest.raises(IdcoreError, match="made by the system 'pulid-v1'"):
+        generate_pictures(GenerateRequest(prompt="x", out=tmp_path, id=sdxl / "me.safetensors"))
+
+
+def test_help_names_every_command():
+    status, out, _ = run("--help")
+    assert status == 0
+    for name in ("demo", "encode", "generate", "convert", "train", "env"):
+        assert name in out
+
+
+def test_main_prints_the_error_and_no_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["idcore", "encode", str(tmp_path / "none.png"), "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("error: ") and "Traceback" not in error
