@@ -218,3 +218,29 @@ def test_shipped_photo():
 
     path = Path(idcore.__file__).parent / "assets" / "photos" / "astronaut.png"
     assert load_image(path).size == (512, 512)
+
+
+def test_phone_pictures_with_a_second_picture_inside():
+    image = gradient(64, 48)
+    data = encode(image, "MPO", save_all=True, append_images=[image.resize((8, 8))])
+    assert load_image(data).size == (64, 48)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's own remarks on broken EXIF blocks
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_bytes_never_give_another_error(kind):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clean = encode(gradient(), kind, exif=exif)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(clean)
+        for at in rng.integers(0, min(len(data), 200), rng.integers(1, 6)):
+            data[at] = rng.integers(0, 256)
+        try:
+            assert load_image(bytes(data), max_pixels=10**6).mode == "RGB"
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith("The picture")
+    assert 30 < refused <= 300
