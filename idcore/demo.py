@@ -37,8 +37,14 @@ def machine() -> dict[str, Any]:
         commit = None
     isa = torch.backends.cpu.get_cpu_capability()
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "isa": isa, "gpu": None, "driver": None, "torch": torch.__version__,
-        "triton": None, "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "gpu": None,
+        "driver": None,
+        "torch": torch.__version__,
+        "triton": None,
+        "commit": commit,
     }
 
 
@@ -97,7 +103,7 @@ def words(result: dict[str, Any]) -> str:
     verdict = "reached" if real["reached"] else "NOT reached: the pictures do not keep this person well enough"
     lines = [
         f"Photo ({result['photo']}): median L2 distance of {real['pictures']} pictures {real['median_distance']:.3f} "
-        f"(same person up to {real['threshold']:g}; to other people {real['median_distance_others']:.3f}), face found in "
+        f"(same person up to {real['threshold']:g}; to others {real['median_distance_others']:.3f}), face found in "
         f"{real['face_found']:.0%}. The real-photo gate is {verdict}."
     ]
     if "procedural" in result:

@@ -132,7 +132,11 @@ def procedural_gate(
 
 
 def real_gate(
-    pipe: TinyPipeline, judge: Judge, photo: ImageLike, others: np.ndarray, identity: Identity | None = None,
+    pipe: TinyPipeline,
+    judge: Judge,
+    photo: ImageLike,
+    others: np.ndarray,
+    identity: Identity | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict, list[dict]]:
     """Figures on one photo, and per picture {"prompt", "seed", "picture", "distance" (None: no face)}.
@@ -165,8 +169,11 @@ def _real_figures(rows: list[dict], to_others: list[float], threshold: float) ->
     scored = [MISS_DISTANCE if r["distance"] is None else r["distance"] for r in rows]
     found = sum(r["distance"] is not None for r in rows) / len(rows)
     figures = {
-        "pictures": len(rows), "median_distance": float(np.median(scored)),
-        "median_distance_others": float(np.median(to_others)), "threshold": threshold, "face_found": found,
+        "pictures": len(rows),
+        "median_distance": float(np.median(scored)),
+        "median_distance_others": float(np.median(to_others)),
+        "threshold": threshold,
+        "face_found": found,
         "share_below_threshold": float(np.mean([s < threshold for s in scored])),
     }
     per_prompt = {}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.sites import find_sites
-from ..systems.tiny import GRID, TinySystem, identity_map
+from ..systems.tiny import GRID, LOOK, TinySystem, identity_map
 from .tiny_text import TextEncoder, WordTokenizer
 
 MAP = 36  # channels of the refined identity map, our choice
@@ -59,17 +59,24 @@ class TinyModel(nn.Module):
         self.text = TextEncoder(self.tokenizer.size, config.text_length, config.width, config.text_layers)
         deep = len(config.channels) - 1
         self.unet = UNet2DConditionModel(
-            sample_size=config.size // 2, in_channels=12 + 12 + MAP + 8, out_channels=12, layers_per_block=1,
-            block_out_channels=config.channels, cross_attention_dim=config.width, norm_num_groups=16,
+            sample_size=config.size // 2,
+            in_channels=12 + 12 + MAP + 8,
+            out_channels=12,
+            layers_per_block=1,
+            block_out_channels=config.channels,
+            cross_attention_dim=config.width,
+            norm_num_groups=16,
             down_block_types=("DownBlock2D",) * deep + ("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * deep,
-            attention_head_dim=tuple(c // 32 for c in config.channels), use_linear_projection=True,
-            class_embed_type="projection", projection_class_embeddings_input_dim=config.width,
+            attention_head_dim=tuple(c // 32 for c in config.channels),
+            use_linear_projection=True,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=config.width,
             resnet_time_scale_shift="scale_shift",
         )
         self.system = TinySystem(find_sites(self.unet), config.width)
         c = config.width // 4
-        self.look = nn.Conv2d(c, 12, 3, padding=1)  # the reference as the features show it
+        self.look = nn.Conv2d(c, LOOK, 3, padding=1)  # the reference as the features show it
         self.map = nn.Sequential(nn.Conv2d(c, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, MAP, 1))
         self.register_buffer("positions", _positions(2 * GRID), persistent=False)
 

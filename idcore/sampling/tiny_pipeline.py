@@ -131,7 +131,9 @@ class TinyPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise InputError(f"prompt is a string or a list of strings, got {prompt!r:.80}; write what to draw in words")
+            raise InputError(
+                f"prompt is a string or a list of strings, got {prompt!r:.80}; write what to draw in words"
+            )
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f'output_type is "pil", "np" or "pt", got {output_type!r}')
         seeds = _seeds(seed, num_images_per_prompt)
@@ -140,7 +142,10 @@ class TinyPipeline:
         tokens = self._identity(identity) if strength else None
         jobs = [(p, s) for p in prompts for s in seeds]
         with self._lock, torch.no_grad(), self._attached(tokens, strength, backend):
-            parts = [self._run(jobs[i : i + BATCH], tokens, strength, num_inference_steps) for i in range(0, len(jobs), BATCH)]
+            parts = [
+                self._run(jobs[i : i + BATCH], tokens, strength, num_inference_steps)
+                for i in range(0, len(jobs), BATCH)
+            ]
         return _output(torch.cat(parts), output_type)
 
     def _identity(self, identity: Identity | ImageLike | None) -> Identity | None:

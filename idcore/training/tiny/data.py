@@ -83,7 +83,10 @@ class TinyData:
         expression, pose = labels_to_names(*labels[second])
         if change:
             differ = labels[0] != labels[1]
-            said = (expression if differ[0] or rng.random() < 0.7 else None, pose if differ[1] or rng.random() < 0.7 else None)
+            said = (
+                expression if differ[0] or rng.random() < 0.7 else None,
+                pose if differ[1] or rng.random() < 0.7 else None,
+            )
         else:
             said = (expression if rng.random() < 0.3 else None, pose if rng.random() < 0.3 else None)
         style = STYLES[rng.choice(len(STYLES), p=STYLE_SHARE)]
@@ -120,7 +123,12 @@ class TinyData:
         light = 1 + _field(g, n, 1, 3, self.size) * _uniform(g, n, 0, 0.3)
         tint = 1 + _field(g, n, 3, 3, self.size) * _uniform(g, n, 0, 0.12)
         tex = self._texture(rng, n)
-        m = same * _chance(g, n, 0.4) * _uniform(g, n, 0.05, 0.6) * (_field(g, n, 1, 4, self.size) * 0.8 + 0.5).clamp(0, 1)
+        m = (
+            same
+            * _chance(g, n, 0.4)
+            * _uniform(g, n, 0.05, 0.6)
+            * (_field(g, n, 1, 4, self.size) * 0.8 + 0.5).clamp(0, 1)
+        )
 
         def one(x: Tensor) -> Tensor:
             x = torch.einsum("nij,njhw->nihw", mix, x).clamp(0.001, 1) ** gamma
@@ -133,10 +141,14 @@ class TinyData:
         n = len(plans)
         back = self._texture(rng, n)
         flat = _chance(g, n, 0.3)
-        back = flat * torch.rand(n, 3, 1, 1, generator=g) * (1 + 0.1 * _field(g, n, 1, 2, self.size)) + (1 - flat) * back
+        back = (
+            flat * torch.rand(n, 3, 1, 1, generator=g) * (1 + 0.1 * _field(g, n, 1, 2, self.size)) + (1 - flat) * back
+        )
         ref = a[0] * a[1] + back * (1 - a[1])
         tgt = b[0] * b[1] + back * (1 - b[1])
-        pure = _chance(g, n, 0.08) * torch.tensor([p["from"] == p["to"] and not p["background"] for p in plans]).float().view(-1, 1, 1, 1)
+        pure = _chance(g, n, 0.08) * torch.tensor(
+            [p["from"] == p["to"] and not p["background"] for p in plans]
+        ).float().view(-1, 1, 1, 1)
         tex = self._texture(rng, n)
         ref, tgt = ref * (1 - pure) + tex * pure, tgt * (1 - pure) + tex * pure
         ref, tgt = self._camera(g, ref.clamp(0, 1), tgt.clamp(0, 1))
@@ -158,7 +170,9 @@ class TinyData:
         n = len(plans)
         small = F.interpolate(tgt, size=(64, 64), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
         cover = F.interpolate(alpha, size=(64, 64), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-        small = small * (1 + 0.10 * _chance(g, n, 0.5) * _field(g, n, 1, 2, 64))  # light of its own: what the seed decides
+        small = small * (
+            1 + 0.10 * _chance(g, n, 0.5) * _field(g, n, 1, 2, 64)
+        )  # light of its own: what the seed decides
         small = stylise(small.clamp(0, 1), [p["style"] for p in plans])
         named = torch.tensor([p["background"] is not None for p in plans]).float().view(-1, 1, 1, 1)
         colour = torch.tensor([BACKGROUNDS[p["background"] or "gray"] for p in plans]).float().view(n, 3, 1, 1) / 255

@@ -34,7 +34,7 @@ class TrainConfig:
     lr: float = 8e-4
     warmup: int = 200
     decay: float = 0.25
-    ema: float = 0.998
+    ema: float = 0.996
     recogniser_from: int = 6_000
     perceptual_weight: float = 0.15
     identity_weight: float = 1.0
@@ -79,7 +79,9 @@ class Trainer:
         self.model = TinyModel(c.model).to(memory_format=torch.channels_last).train()
         self.recogniser = DlibRecogniser().to(memory_format=torch.channels_last)
         self.recogniser_loss = RecogniserLoss(self.recogniser)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), c.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), c.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
         self.processors = put_processors(self.model)
         self.weight = face_weight(self.model.config.size)
         self.step, self.samples, self.history = 0, 0, []
@@ -136,7 +138,9 @@ class Trainer:
         return out
 
     def _recogniser_terms(self, out: dict, pred: Tensor, batch: Batch, embedding: Tensor, keep: Tensor) -> None:
-        k = max(1, round(len(pred) * self.config.recogniser_share))  # the first k of the batch: it costs a third of a step
+        k = max(
+            1, round(len(pred) * self.config.recogniser_share)
+        )  # the first k of the batch: it costs a third of a step
         g = torch.Generator().manual_seed(self.config.seed * 7_919 + self._draw())
         shift = torch.randn(k, 2, generator=g) * 0.015
         feats, emb = self.recogniser_loss.features(pred[:k] * 0.5 + 0.5, shift)

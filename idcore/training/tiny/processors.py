@@ -24,7 +24,9 @@ class TrainingProcessor:
     def __init__(self) -> None:
         self.identity: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs
+    ):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
         q = split(attn.to_q(hidden_states))

@@ -7,45 +7,15 @@ give the same bytes.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from . import people as P
+from .features import draw_features
+from .hair import draw_back, draw_front
+from .shapes import blob, mouth_width, noise_at, ramp
 
 PADDING = 0.6
 SPAN = 1 + 2 * PADDING
 _CX = 0.49
-_NOISE = 160
-
-
-@functools.lru_cache(maxsize=1)
-def _noise_bank() -> np.ndarray:
-    """48 tiles of 1/f noise, float32 [48, 160, 160], mean 0, deviation 1."""
-    rng = np.random.default_rng(20231)
-    f = np.hypot(np.fft.fftfreq(_NOISE)[:, None], np.fft.rfftfreq(_NOISE)[None]) + 1e-3
-    out = []
-    for k in range(48):
-        spectrum = np.fft.rfft2(rng.normal(size=(_NOISE, _NOISE))) * f ** (-(0.5 + 1.2 * k / 47))
-        tile = np.fft.irfft2(spectrum, s=(_NOISE, _NOISE))
-        out.append((tile - tile.mean()) / tile.std())
-    return np.stack(out).astype(np.float32)
-
-
-def _noise(u: np.ndarray, v: np.ndarray, seed: int, sx: float = 50.0, sy: float = 50.0) -> np.ndarray:
-    tile = _noise_bank()[seed % 48]
-    iu = (u * sx + 37 * (seed % 101)).astype(np.int32) % _NOISE
-    iv = (v * sy + 53 * (seed % 89)).astype(np.int32) % _NOISE
-    return tile[iv, iu]
-
-
-def _ramp(d: np.ndarray, width: float) -> np.ndarray:
-    """0 below -width/2, 1 above width/2, straight in between."""
-    return np.clip(d / width + 0.5, 0, 1)
-
-
-def _blob(u, v, x, y, sx, sy):
-    return np.exp(-(((u - x) / sx) ** 2 + ((v - y) / sy) ** 2))
 
 
 class _Canvas:
@@ -81,7 +51,7 @@ class _Head:
         p = self.p
         up = np.sqrt(np.clip(1 - ((v - self.cy) / (p["skull"] + self.cy)) ** 2, 0, 1))
         s = np.clip((v - self.cy) / (p["chin_y"] - self.cy), 0, 1)
-        low = np.sqrt(np.clip(1 - s**p["jaw_power"] * 0.999, 0, 1)) * (1 - p["jaw"] * s**1.5)
+        low = np.sqrt(np.clip(1 - s ** p["jaw_power"] * 0.999, 0, 1)) * (1 - p["jaw"] * s**1.5)
         return np.where(v < self.cy, up, low)
 
     def depth_at(self, u: float, v: float) -> float:
@@ -97,8 +67,13 @@ class _Head:
         """The five landmarks (eyes, nose, mouth corners) before the alignment, [5, 2]."""
         p = self.p
         w = mouth_width(p, self.view)
-        face = [(-p["eye_x"], p["eye_y"], 0.0), (p["eye_x"], p["eye_y"], 0.0), (0.0, p["nose_y"] + 0.02, p["nose_h"]),
-                (-w, p["mouth_y"], 0.0), (w, p["mouth_y"], 0.0)]
+        face = [
+            (-p["eye_x"], p["eye_y"], 0.0),
+            (p["eye_x"], p["eye_y"], 0.0),
+            (0.0, p["nose_y"] + 0.02, p["nose_h"]),
+            (-w, p["mouth_y"], 0.0),
+            (w, p["mouth_y"], 0.0),
+        ]
         return np.array([self.to_picture(*f) for f in face])
 
     def _alignment(self) -> tuple[float, float, float]:
@@ -120,15 +95,7 @@ class _Head:
         self.v = v
         self.z = p["depth"] * r * np.cos(phi)
         inside = (r * self.m - np.abs(self.X)) * (r > 0.02)
-        self.mask = _ramp(inside, 2.5 * self.aa) * (self.v < p["chin_y"]) * (self.v > -p["skull"])
-
-    def side(self, v, w):
-        return v, w
-
-
-def mouth_width(p: dict, view: dict) -> float:
-    e, s = view["expression"], view["strength"]
-    return p["mouth_w"] * (1 + 0.2 * s if e == "smiling" else 1 - 0.25 * s if e == "surprised" else 1.0)
+        self.mask = ramp(inside, 2.5 * self.aa) * (self.v < p["chin_y"]) * (self.v > -p["skull"])
 
 
 def _height(h: _Head) -> np.ndarray:
@@ -136,18 +103,30 @@ def _height(h: _Head) -> np.ndarray:
     p, u, v = h.p, h.u, h.v
     ny, ey = p["nose_y"], p["eye_y"]
     t = np.clip((v - ey) / (ny - ey), 0, 1)
-    ridge = np.exp(-((u / (p["nose_ridge"] + 0.035 * t)) ** 2)) * t * (v < ny + 0.12) * np.clip((ny + 0.12 - v) / 0.1, 0, 1)
-    out = p["nose_h"] * 0.75 * ridge + p["nose_h"] * 0.45 * _blob(u, v, 0, ny, p["nose_tip"], 0.06)
+    ridge = (
+        np.exp(-((u / (p["nose_ridge"] + 0.035 * t)) ** 2)) * t * (v < ny + 0.12) * np.clip((ny + 0.12 - v) / 0.1, 0, 1)
+    )
+    out = p["nose_h"] * 0.75 * ridge + p["nose_h"] * 0.45 * blob(u, v, 0, ny, p["nose_tip"], 0.06)
     au = np.abs(u)
-    out += p["nose_h"] * 0.3 * _blob(au, v, p["nose_w"] * 0.75, ny + 0.04, 0.04, 0.045)
-    out -= p["socket"] * _blob(au, v, p["eye_x"] - 0.02, ey - 0.01, 0.17, 0.10)
-    out += p["brow_ridge"] * _blob(au, v, 0.22, ey - 0.17, 0.2, 0.07) + 0.05 * _blob(au, v, p["eye_x"], ey + 0.01, 0.1, 0.06)
+    out += p["nose_h"] * 0.3 * blob(au, v, p["nose_w"] * 0.75, ny + 0.04, 0.04, 0.045)
+    out -= p["socket"] * blob(au, v, p["eye_x"] - 0.02, ey - 0.01, 0.17, 0.10)
+    out += p["brow_ridge"] * blob(au, v, 0.22, ey - 0.17, 0.2, 0.07) + 0.05 * blob(
+        au, v, p["eye_x"], ey + 0.01, 0.1, 0.06
+    )
     smile = h.view["strength"] if h.view["expression"] == "smiling" else 0.0
-    out += (p["cheekbone"] + 0.06 * smile) * _blob(au, v, 0.36, 0.52 - 0.04 * smile, 0.14, 0.13)
-    out -= p["hollow"] * _blob(au, v, 0.42, 0.78, 0.12, 0.18)
-    out += 0.04 * _blob(u, v, 0, p["mouth_y"], 0.25, 0.12) + p["chin_bump"] * _blob(u, v, 0, p["chin_y"] - 0.13, 0.12, 0.09)
-    out -= 0.025 * _blob(u, v, 0, p["mouth_y"] + 0.16, 0.12, 0.035) + p["bag"] * _blob(au, v, p["eye_x"] - 0.03, ey + 0.1, 0.11, 0.03)
-    crease = np.exp(-(((au - 0.17 - 0.42 * (v - ny - 0.0)) / 0.03) ** 2)) * _ramp(v - ny, 0.1) * _ramp(p["mouth_y"] + 0.05 - v, 0.1)
+    out += (p["cheekbone"] + 0.06 * smile) * blob(au, v, 0.36, 0.52 - 0.04 * smile, 0.14, 0.13)
+    out -= p["hollow"] * blob(au, v, 0.42, 0.78, 0.12, 0.18)
+    out += 0.04 * blob(u, v, 0, p["mouth_y"], 0.25, 0.12) + p["chin_bump"] * blob(
+        u, v, 0, p["chin_y"] - 0.13, 0.12, 0.09
+    )
+    out -= 0.025 * blob(u, v, 0, p["mouth_y"] + 0.16, 0.12, 0.035) + p["bag"] * blob(
+        au, v, p["eye_x"] - 0.03, ey + 0.1, 0.11, 0.03
+    )
+    crease = (
+        np.exp(-(((au - 0.17 - 0.42 * (v - ny - 0.0)) / 0.03) ** 2))
+        * ramp(v - ny, 0.1)
+        * ramp(p["mouth_y"] + 0.05 - v, 0.1)
+    )
     return out - (p["fold"] * 0.6 + 0.03 * smile) * crease
 
 
@@ -168,26 +147,24 @@ def _shade(h: _Head) -> tuple[np.ndarray, np.ndarray]:
 def _skin(h: _Head) -> np.ndarray:
     p, u, v = h.p, h.u, h.v
     skin = np.broadcast_to(p["skin"], u.shape + (3,)).astype(np.float32)
-    tone = 1 + p["texture"] * _noise(u, v, p["texture_id"]) + 0.03 * _noise(u, v, p["texture_id"] + 7, 20, 20)
-    red = p["cheek_red"] * _blob(np.abs(u), v, 0.36, 0.58, 0.14, 0.12)
+    tone = 1 + p["texture"] * noise_at(u, v, p["texture_id"]) + 0.03 * noise_at(u, v, p["texture_id"] + 7, 20, 20)
+    red = p["cheek_red"] * blob(np.abs(u), v, 0.36, 0.58, 0.14, 0.12)
     if p["freckles"]:
-        spots = _ramp(_noise(u, v, 3 + p["texture_id"] % 5, 60, 60) - 1.2, 0.4) * _blob(u, v, 0, 0.42, 0.45, 0.2)
+        spots = ramp(noise_at(u, v, 3 + p["texture_id"] % 5, 60, 60) - 1.2, 0.4) * blob(u, v, 0, 0.42, 0.45, 0.2)
         tone = tone - p["freckles"] * spots
     for x, y, r in p["moles"]:
-        tone = tone - 0.55 * _ramp(r - np.hypot(u - x, v - y), 2 * h.aa)
+        tone = tone - 0.55 * ramp(r - np.hypot(u - x, v - y), 2 * h.aa)
     for k in range(3 if p["wrinkle"] > 0.3 else 0):
-        tone = tone - 0.12 * p["wrinkle"] * np.exp(-(((v + 0.06 + 0.06 * k + 0.1 * u * u) / 0.012) ** 2)) * (np.abs(u) < 0.32)
+        tone = tone - 0.12 * p["wrinkle"] * np.exp(-(((v + 0.06 + 0.06 * k + 0.1 * u * u) / 0.012) ** 2)) * (
+            np.abs(u) < 0.32
+        )
     out = skin * tone[..., None]
     out[..., 1:] *= (1 - 0.4 * red)[..., None]
     if p["beard"] == 1:  # stubble
-        area = _ramp(v - 0.62 - 0.35 * np.clip(0.42 - np.abs(u), 0, 1) ** 1.0 * 0.3, 0.2)
-        m = area * p["stubble"] * (0.8 + 0.2 * _noise(u, v, 2, 90, 90))
+        area = ramp(v - 0.62 - 0.35 * np.clip(0.42 - np.abs(u), 0, 1) ** 1.0 * 0.3, 0.2)
+        m = area * p["stubble"] * (0.8 + 0.2 * noise_at(u, v, 2, 90, 90))
         out = out * (1 - m[..., None] * 0.7) + m[..., None] * 0.7 * p["hair"]
     return out
-
-
-from .features import draw_features  # noqa: E402  (features need the geometry above)
-from .hair import draw_back, draw_front  # noqa: E402
 
 
 def render(person: dict, view: dict, size: int = 96) -> np.ndarray:

@@ -49,7 +49,11 @@ def texture(seed: int, size: int = 96) -> np.ndarray:
         g = np.linspace(-1, 1, size)
         t = rng.uniform(0, 2 * np.pi)
         ramp = (np.cos(t) * g[None] + np.sin(t) * g[:, None])[..., None] * 0.5 + 0.5
-        a = rng.uniform(0, 255, 3) * ramp + rng.uniform(0, 255, 3) * (1 - ramp) + rng.uniform(0, 8) * rng.normal(size=(size, size, 1))
+        a = (
+            rng.uniform(0, 255, 3) * ramp
+            + rng.uniform(0, 255, 3) * (1 - ramp)
+            + rng.uniform(0, 8) * rng.normal(size=(size, size, 1))
+        )
     light = 1 + rng.uniform(0, 0.3) * _cloud(rng, size, 2.0)[..., None]
     im = Image.fromarray((a * light).clip(0, 255).astype(np.uint8))
     if rng.random() < 0.4:
