@@ -205,3 +205,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         h.update(f"{key} {t.dtype} {list(t.shape)}\n".encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{h.hexdigest()}"
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """"sha256:..." of a whole file."""
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
+    return f"sha256:{h.hexdigest()}"

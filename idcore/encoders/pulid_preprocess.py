@@ -22,9 +22,11 @@ from idcore.encoders.eva_clip import CLIP_MEAN, CLIP_STD, EvaClipVisual
 from idcore.encoders.images import ImageLike, load_image
 from idcore.encoders.pulid_features import PuLIDFeatures
 from idcore.errors import InputError, NoFaceError
+from idcore.files import file_hash
 
 if TYPE_CHECKING:
     from idcore.encoders.analyzer import FaceAnalyzer
+    from idcore.encoders.face import Face
     from idcore.encoders.face_parsing import BiSeNet
 
 VERSION = "pulid-1"  # goes into identities; changes when the same photo would give other features
@@ -167,6 +169,7 @@ class PuLIDPreprocess:
         self.policy, self.on_no_face, self.id_dim, self.antialias = policy, on_no_face, id_dim, antialias
         self.estimator, self.max_side = estimator, max_side
         self._warned = False
+        self._recogniser_hash: str | None = None
 
     def __call__(self, photos: ImageLike | Sequence[ImageLike]) -> PuLIDFeatures:
         """Features [1, n, ...] of n photos of one person.
@@ -201,7 +204,8 @@ class PuLIDPreprocess:
 
     def _one(self, photo: ImageLike, number: int) -> PuLIDFeatures | None:
         image = shrink(load_image(photo), self.max_side)
-        face = self._choose(image, number)
+        name = f"photo {number + 1}" + (f" {os.fspath(photo)}" if isinstance(photo, (str, os.PathLike)) else "")
+        face = self._choose(image, name)
         if face is None:
             return None
         embedding = np.asarray(self.analyzer.embed(image, face), np.float32).reshape(-1)
@@ -222,14 +226,14 @@ class PuLIDPreprocess:
         estimate = lmeds_transform if self.estimator == "lmeds" else similarity_transform
         return warp_bilinear(np.asarray(image), estimate(points, template("ffhq")), CHIP, CHIP_FILL)
 
-    def _choose(self, image: Image.Image, number: int) -> Any:
+    def _choose(self, image: Image.Image, name: str) -> Face | None:
         faces = self.analyzer.detect(image)
         if not faces and self.on_no_face == "skip":
             return None
         try:
             return self.analyzer.choose(faces, self.policy)
         except InputError as e:
-            raise type(e)(f"photo {number + 1} ({image.width}x{image.height}): {e}") from e
+            raise type(e)(f"{name} ({image.width}x{image.height}): {e}") from e
 
     def _vision(self, chip: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = torch.from_numpy(chip).permute(2, 0, 1)[None].float() / 255
@@ -242,11 +246,19 @@ class PuLIDPreprocess:
     def _analyzer_name(self) -> str:
         return str(getattr(self.analyzer, "name", type(self.analyzer).__name__))
 
+    def _recogniser(self) -> str | None:
+        """Hash of the recogniser's file, where the analyzer names one (`ModelFolderAnalyzer.files`)."""
+        file = getattr(self.analyzer, "files", {}).get("recogniser")
+        if self._recogniser_hash is None and file is not None:
+            self._recogniser_hash = file_hash(file)
+        return self._recogniser_hash
+
     def meta(self) -> dict[str, Any]:
         """What an identity must say about how its photos were read."""
         parsing = None if self.parsing is None else self.parsing.weights_hash or "unknown"
         return {
-            "preprocess": VERSION, "face_analyzer": self._analyzer_name(), "policy": self.policy,
+            "preprocess": VERSION, "face_analyzer": self._analyzer_name(), "recogniser": self._recogniser(),
+            "policy": self.policy,
             "vision_tower": self.tower.weights_hash or "unknown", "parsing": parsing,
             "antialias": self.antialias, "estimator": self.estimator, "max_side": self.max_side,
         }  # fmt: skip

@@ -178,6 +178,12 @@ class PuLID(nn.Module):
 
     # -- encoding -----------------------------------------------------------------------------------------
 
+    def forward(self, features: PuLIDFeatures, *, id_mix: bool = False) -> Tensor:
+        """Identity tokens [B, L, E] of B people, with gradients, in the weights' dtype and on their device."""
+        p = next(self.id_adapter.parameters())
+        hidden = [h.to(p.device, p.dtype) for h in features.hidden]
+        return self.id_adapter(features.id_cond.to(p.device, p.dtype), hidden, id_mix=id_mix)
+
     @torch.no_grad()
     def encode(self, photos: Any, *, id_mix: bool = False) -> Identity:
         """Identity of one person from one or several photos (or of B people from ready features).
@@ -197,10 +203,8 @@ class PuLID(nn.Module):
                 raise InputError("PuLID.encode: photos need preprocess=PuLIDPreprocess(...) in the constructor or in "
                                  "from_weights (face model, vision tower, parsing); or give PuLIDFeatures")
             photos = self.preprocess(photos)
-        p = next(self.id_adapter.parameters())
-        hidden = [h.to(p.device, p.dtype) for h in photos.hidden]
-        tokens = self.id_adapter(photos.id_cond.to(p.device, p.dtype), hidden, id_mix=id_mix)
-        uncond = self._uncond_like(self.uncond_tokens(hidden[0].shape[2]), photos.n, id_mix)
+        tokens = self(photos, id_mix=id_mix)
+        uncond = self._uncond_like(self.uncond_tokens(photos.hidden[0].shape[2]), photos.n, id_mix)
         meta = {**photos.meta, "photos": photos.n, "encoder": self.weights_hash()}
         if self.version == "v1":
             meta["id_mix"] = id_mix

@@ -74,6 +74,15 @@ def test_uncond_is_computed_once_per_checkpoint():
     assert half.dtype == torch.bfloat16
 
 
+def test_forward_carries_gradients_and_encode_does_not():
+    system = tiny().requires_grad_(True)
+    tokens = system(features(2))
+    assert tokens.shape == (2, 10, 14) and tokens.requires_grad
+    tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in system.id_adapter.parameters())
+    assert not system.encode(features(2)).tokens.requires_grad
+
+
 def test_uncond_follows_weights_that_are_trained():
     system = tiny().train().requires_grad_(True)
     before, old_hash = system.uncond_tokens(T), system.weights_hash()
@@ -149,16 +158,18 @@ def test_presets_are_the_published_ones():
 
 
 def sdxl_like():
-    """SDXL's block layout (10 transformer layers in the deep blocks), very narrow."""
-    return tiny_unet("sdxl", block_out_channels=(8, 16, 32), layers_per_block=2,
-                     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                     attention_head_dim=(1, 2, 4), transformer_layers_per_block=(1, 2, 10), norm_num_groups=4)
+    """SDXL's block layout (10 transformer layers in the deep blocks), very narrow, without values."""
+    with torch.device("meta"):
+        return tiny_unet("sdxl", block_out_channels=(8, 16, 32), layers_per_block=2,
+                         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                         attention_head_dim=(1, 2, 4), transformer_layers_per_block=(1, 2, 10), norm_num_groups=4)
 
 
 def test_published_indices_name_the_blocks_that_they_should():
     unet = sdxl_like()
-    system = PuLID(PuLIDConfig.for_unet(unet, EncoderConfig("v1", **TINY)))
+    with torch.device("meta"):
+        system = PuLID(PuLIDConfig.for_unet(unet, EncoderConfig("v1", **TINY)))
     sites = {s.index: s for s in system.sites(unet)}
     assert list(sites) == list(range(1, 140, 2))
     runs = {"down_blocks.1.attentions.0": (1, 3), "down_blocks.1.attentions.1": (5, 7),

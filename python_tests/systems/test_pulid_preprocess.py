@@ -1,5 +1,6 @@
 """Photos to PuLID's features: each step against loops, one face for both branches, nothing silent."""
 
+import hashlib
 import math
 import warnings
 
@@ -269,7 +270,27 @@ def test_meta_says_how_the_photo_was_read():
     meta = pipeline(parsing=FakeParser(), antialias=True, estimator="least_squares")(photo()).meta
     assert meta["preprocess"] == "pulid-1" and meta["face_analyzer"] == "fake" and meta["policy"] == "largest"
     assert meta["antialias"] is True and meta["estimator"] == "least_squares" and meta["max_side"] == 1024
-    assert {"vision_tower", "parsing"} <= meta.keys()
+    assert {"vision_tower", "parsing"} <= meta.keys() and meta["recogniser"] is None
+
+
+def test_meta_has_the_hash_of_the_recogniser_where_it_is_a_file(tmp_path):
+    (tmp_path / "glintr100.onnx").write_bytes(b"abc")
+    pre = pipeline(parsing=FakeParser())
+    pre.analyzer.files = {"recogniser": tmp_path / "glintr100.onnx"}
+    assert pre(photo()).meta["recogniser"] == "sha256:" + hashlib.sha256(b"abc").hexdigest()
+
+
+def test_errors_name_the_file(tmp_path):
+    photo(310).save(tmp_path / "empty.png")
+
+    class Sometimes(FakeAnalyzer):
+        def detect(self, image):
+            return [] if image.size[0] == 310 else super().detect(image)
+
+    pre = pipeline(parsing=FakeParser())
+    pre.analyzer = Sometimes([BIG])
+    with pytest.raises(NoFaceError, match=r"photo 2 .*empty.png \(310x200\): There is no face"):
+        pre([photo(), tmp_path / "empty.png"])
 
 
 def test_from_photos_to_a_saved_identity(tmp_path):
