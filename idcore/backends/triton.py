@@ -20,8 +20,7 @@ from .call import Args, Call
 NAME = "triton"
 DIFFERENTIABLE = False
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # float32 tiles above would spill
 MIN_VERSION = (3, 3)  # kernel arguments that are tuples
 
 
@@ -68,10 +67,11 @@ def why_not(call: Call) -> list[str]:
             reasons.append("the GPU is older than sm_80")
         if _compiler_missing():
             reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")
-    if call.dtype not in DTYPES:
-        reasons.append(f"dtype={call.dtype} (needs float32, bfloat16 or float16)")
-    if call.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"head_dim={call.head_dim} (needs at most {MAX_HEAD_DIM})")
+    dtype = str(call.dtype).removeprefix("torch.")
+    if call.dtype not in MAX_HEAD_DIM:
+        reasons.append(f"dtype={dtype} (needs float32, bfloat16 or float16)")
+    elif call.head_dim > MAX_HEAD_DIM[call.dtype]:
+        reasons.append(f"head_dim={call.head_dim} (at most {MAX_HEAD_DIM[call.dtype]} for {dtype})")
     return reasons
 
 

@@ -90,6 +90,9 @@ class Plan:
 
     def key_tiles(self, block: int) -> dict:
         """How text and identity keys are cut into blocks."""
+        if not (INTERPRETED or tuning.unrolled(self.a.q.element_size(), self.bd)):
+            blocks = self.key_blocks(block)
+            return dict(TT=(blocks["BT"], -1, 0), TI=tuple((n, -1, 0) for n in blocks["BI"] or ()) or None)
         id_tiles = tuple(tuning.split(k.shape[2], block) for k in self.a.k_id)
         return dict(TT=tuning.split(self.lt, block), TI=id_tiles or None)
 

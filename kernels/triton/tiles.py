@@ -116,7 +116,8 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
            BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Softmax attention over `count` keys and NZ zero tokens (logit 0, value 0).
 
-    TILES is (block, keys covered by whole blocks, size of the last block or 0).
+    TILES is (block, keys covered by whole blocks, size of the last block or 0), unrolled by the compiler; or (block, -1, 0)
+    for a loop left to run time, which needs fewer registers.
     Returns the result [BM, BD], the log2 of the sum [BM], the unscaled one's, and the share of the first NG tokens.
     """
     has_zero = tl.full([BM], NZ, tl.int32) > 0
@@ -126,9 +127,14 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
     counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
     got = tl.zeros([BM], tl.float32) + counted
     acc = tl.zeros([BM, BD], tl.float32)
-    for start in range(0, TILES[1], TILES[0]):
-        m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
-                                         D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
+    if TILES[1] < 0:
+        for start in range(0, count, TILES[0]):
+            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+                                             D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
+    else:
+        for start in range(0, TILES[1], TILES[0]):
+            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+                                             D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
     if TILES[2] > 0:
         m, l, acc, lu, got = online_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, m, l, acc, lu, got,
                                          D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip

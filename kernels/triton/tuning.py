@@ -20,42 +20,38 @@ class Tile(NamedTuple):
 # (kernel, 16-bit or 32-bit, padded head dim) -> Tile; a generation's own table goes before "any".
 TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
     "any": {
-        ("forward", 2, 16): Tile(128, 64, 4, 2),
-        ("forward", 2, 32): Tile(128, 64, 4, 2),
-        ("forward", 2, 64): Tile(128, 64, 4, 2),
-        ("forward", 2, 128): Tile(64, 64, 4, 2),
-        ("forward", 2, 256): Tile(64, 32, 8, 2),
-        ("forward", 4, 16): Tile(64, 32, 4, 1),
-        ("forward", 4, 32): Tile(64, 32, 4, 1),
-        ("forward", 4, 64): Tile(32, 32, 4, 1),
-        ("forward", 4, 128): Tile(32, 16, 4, 1),
-        ("forward", 4, 256): Tile(16, 16, 4, 1),
-        ("rows", 2, 16): Tile(64, 64, 4, 1),
-        ("rows", 2, 32): Tile(64, 64, 4, 1),
-        ("rows", 2, 64): Tile(64, 64, 4, 1),
-        ("rows", 2, 128): Tile(64, 32, 8, 1),
-        ("rows", 2, 256): Tile(32, 32, 8, 1),
-        ("rows", 4, 16): Tile(32, 32, 4, 1),
-        ("rows", 4, 32): Tile(32, 32, 4, 1),
-        ("rows", 4, 64): Tile(32, 16, 4, 1),
-        ("rows", 4, 128): Tile(16, 16, 4, 1),
-        ("rows", 4, 256): Tile(16, 16, 4, 1),
-        ("keys", 2, 16): Tile(64, 64, 4, 1),
-        ("keys", 2, 32): Tile(64, 64, 4, 1),
-        ("keys", 2, 64): Tile(64, 64, 4, 1),
-        ("keys", 2, 128): Tile(64, 32, 8, 1),
-        ("keys", 2, 256): Tile(32, 32, 8, 1),
-        ("keys", 4, 16): Tile(32, 32, 4, 1),
-        ("keys", 4, 32): Tile(32, 32, 4, 1),
-        ("keys", 4, 64): Tile(32, 16, 4, 1),
-        ("keys", 4, 128): Tile(16, 16, 4, 1),
-        ("keys", 4, 256): Tile(16, 16, 8, 1),
+        ("forward", 2, 16): Tile(64, 64, 4, 2),
+        ("forward", 2, 32): Tile(64, 64, 4, 2),
+        ("forward", 2, 64): Tile(64, 64, 4, 2),
+        ("forward", 2, 128): Tile(32, 64, 4, 2),
+        ("forward", 2, 256): Tile(32, 32, 8, 2),
+        ("forward", 4, 16): Tile(16, 32, 4, 1),
+        ("forward", 4, 32): Tile(16, 32, 4, 1),
+        ("forward", 4, 64): Tile(16, 32, 4, 1),
+        ("forward", 4, 128): Tile(16, 16, 8, 1),
+        ("rows", 2, 16): Tile(32, 64, 4, 1),
+        ("rows", 2, 32): Tile(32, 64, 4, 1),
+        ("rows", 2, 64): Tile(32, 64, 4, 1),
+        ("rows", 2, 128): Tile(32, 32, 8, 1),
+        ("rows", 2, 256): Tile(16, 32, 8, 1),
+        ("rows", 4, 16): Tile(16, 32, 4, 1),
+        ("rows", 4, 32): Tile(16, 32, 4, 1),
+        ("rows", 4, 64): Tile(16, 32, 4, 1),
+        ("rows", 4, 128): Tile(16, 16, 8, 1),
+        ("keys", 2, 16): Tile(64, 32, 8, 1),
+        ("keys", 2, 32): Tile(64, 32, 8, 1),
+        ("keys", 2, 64): Tile(64, 32, 8, 1),
+        ("keys", 2, 128): Tile(32, 32, 8, 1),
+        ("keys", 2, 256): Tile(32, 16, 8, 1),
+        ("keys", 4, 16): Tile(16, 32, 4, 1),
+        ("keys", 4, 32): Tile(16, 32, 4, 1),
+        ("keys", 4, 64): Tile(16, 32, 4, 1),
+        ("keys", 4, 128): Tile(16, 16, 8, 1),
     },
 }
 # Under the interpreter every block costs the same whatever its size, so tiles are few and big.
 INTERPRETED = Tile(256, 128, 4, 1)
 MERGE_ROWS = 64
-MAX_PADDED_DIM = 256
 
 
 def padded(head_dim: int) -> int:
@@ -81,3 +77,8 @@ def split(count: int, block: int) -> tuple[int, int, int]:
     whole = count // block * block
     rest = count - whole
     return block, whole, min(padded(rest), block) if rest else 0
+
+
+def unrolled(element_size: int, padded_dim: int) -> bool:
+    """Whether forward's loops over the keys are unrolled: faster, but wide tiles would spill."""
+    return element_size == 2 and padded_dim <= 128

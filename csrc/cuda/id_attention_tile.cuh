@@ -1,0 +1,227 @@
+// One warp's share of the attention: 16 image rows against blocks of keys that lie in shared memory.
+#pragma once
+
+#include "id_attention.h"
+#include "cuda/warp.cuh"
+
+namespace idcore {
+namespace cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kWarpRows = 16;
+
+template <int kHeadDim>
+struct Geometry {
+  static constexpr int kDepth = (kHeadDim + 15) / 16 * 16;  // head dim in whole 16-deep products, zero filled
+  static constexpr int kSteps = kDepth / 16;
+  static constexpr int kTiles = kHeadDim / 8;  // 8-wide column tiles of the result
+  static constexpr int kPitch = kDepth + 8;    // elements between rows in shared memory: no bank conflicts
+  static constexpr int kKeys = 32;
+  static constexpr int kPairs = kKeys / 16;
+  static constexpr int kStageElements = 2 * kKeys * kPitch;
+  static constexpr int kRowElements = kWarpRows * kPitch;  // of a warp: q, then h, then the result
+  static constexpr int kSpareFloats = kWarpRows * kHeadDim;  // of a warp: the running result
+
+  static constexpr int64_t shared_bytes(int warps) {
+    return 2 * (2 * kStageElements + warps * kRowElements) + 4 * warps * (kSpareFloats + 2 * kHeadDim);
+  }
+};
+
+// log2 of the softmax's sums while blocks of keys pass by; two rows a thread: lane / 4 and lane / 4 + 8.
+struct RowState {
+  float top[2];
+  float sum[2];
+  float sum_unscaled[2];  // of the softmax of unscaled logits (ortho_v2)
+  float first[2];         // what the first num_global tokens get of it
+};
+
+IDCORE_DEVICE float max2(float a, float b) { return a > b ? a : b; }
+
+// Over the four lanes that hold one row.
+IDCORE_DEVICE float row_max(float v) {
+  v = max2(v, exchange_xor(v, 1));
+  return max2(v, exchange_xor(v, 2));
+}
+IDCORE_DEVICE float row_sum(float v) {
+  v += exchange_xor(v, 1);
+  return v + exchange_xor(v, 2);
+}
+
+// exp2(difference * sqrt(D)) from p = exp2(difference).
+template <int kHeadDim>
+IDCORE_DEVICE float unscaled(float difference, float p, float root) {
+  if (kHeadDim == 64) {
+    const float p2 = p * p;
+    const float p4 = p2 * p2;
+    return p4 * p4;
+  }
+  return exp2_fast(difference * root);
+}
+
+// Rows first .. first + rows of a [L, D] matrix into shared memory, zeros past `count` and past D.
+template <int kHeadDim>
+IDCORE_DEVICE void load_rows(uint16_t* shared, const uint16_t* matrix, int64_t stride, int first, int count, int rows,
+                             bool aligned) {
+  using G = Geometry<kHeadDim>;
+  constexpr int kVectors = G::kDepth / 8;
+  for (int v = thread_index(); v < rows * kVectors; v += thread_count()) {
+    const int row = v / kVectors;
+    const int column = v % kVectors * 8;
+    const bool valid = first + row < count && column < kHeadDim;
+    const uint16_t* from = valid ? matrix + (first + row) * stride + column : matrix;
+    uint16_t* to = shared + row * G::kPitch + column;
+    if (aligned) {
+      copy16_async(to, from, valid);
+    } else {
+      IDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) to[e] = valid ? from[e] : uint16_t(0);
+    }
+  }
+}
+
+// Fragments of this warp's 16 rows of q.
+template <int kHeadDim>
+IDCORE_DEVICE void load_query(uint32_t (&q)[Geometry<kHeadDim>::kSteps][4], const uint16_t* rows, int lane) {
+  using G = Geometry<kHeadDim>;
+  const uint16_t* at = rows + (lane & 15) * G::kPitch + (lane >> 4) * 8;
+  IDCORE_UNROLL
+  for (int step = 0; step < G::kSteps; ++step) load_matrices(q[step], at + step * 16);
+}
+
+// Base-2 logits of 16 rows against kKeys keys; whole pairs of column tiles past `count` are left out.
+template <class T, int kHeadDim>
+IDCORE_DEVICE void score(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
+                         const uint32_t (&q)[Geometry<kHeadDim>::kSteps][4], const uint16_t* keys, int count,
+                         float factor, int lane) {
+  using G = Geometry<kHeadDim>;
+  const uint16_t* at = keys + ((lane & 7) + (lane >> 4) * 8) * G::kPitch + (lane >> 3 & 1) * 8;
+  IDCORE_UNROLL
+  for (int pair = 0; pair < G::kPairs; ++pair) {
+    IDCORE_UNROLL
+    for (int e = 0; e < 4; ++e) s[2 * pair][e] = s[2 * pair + 1][e] = 0.f;
+    if (pair * 16 >= count) continue;
+    IDCORE_UNROLL
+    for (int step = 0; step < G::kSteps; ++step) {
+      uint32_t k[4];
+      load_matrices(k, at + pair * 16 * G::kPitch + step * 16);
+      T::multiply(s[2 * pair], q[step], k[0], k[1]);
+      T::multiply(s[2 * pair + 1], q[step], k[2], k[3]);
+    }
+  }
+  IDCORE_UNROLL
+  for (int tile = 0; tile < 2 * G::kPairs; ++tile) {
+    IDCORE_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int key = tile * 8 + (lane & 3) * 2 + (e & 1);
+      s[tile][e] = key < count ? s[tile][e] * factor : -INFINITY;
+    }
+  }
+}
+
+// Turns logits into weights exp2(x - top), keeps the sums, and scales what was accumulated so far.
+template <int kHeadDim, bool kShare>
+IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], float (&acc)[Geometry<kHeadDim>::kTiles][4],
+                         RowState& state, int first_tokens, float root, int lane) {
+  using G = Geometry<kHeadDim>;
+  IDCORE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float top = state.top[half];
+    IDCORE_UNROLL
+    for (int tile = 0; tile < 2 * G::kPairs; ++tile) top = max2(top, max2(s[tile][2 * half], s[tile][2 * half + 1]));
+    top = row_max(top);
+    const float base = top == -INFINITY ? 0.f : top;
+    const float old = exp2_fast(state.top[half] - base);
+    float sum = 0.f, sum_unscaled = 0.f, got = 0.f;
+    IDCORE_UNROLL
+    for (int tile = 0; tile < 2 * G::kPairs; ++tile) {
+      IDCORE_UNROLL
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        const float difference = s[tile][e] - base;
+        const float p = exp2_fast(difference);
+        s[tile][e] = p;
+        sum += p;
+        if (kShare) {
+          const float u = unscaled<kHeadDim>(difference, p, root);
+          sum_unscaled += u;
+          if (tile * 8 + (lane & 3) * 2 + (e & 1) < first_tokens) got += u;
+        }
+      }
+    }
+    if (kShare) {
+      const float old_unscaled = unscaled<kHeadDim>(state.top[half] - base, old, root);
+      state.sum_unscaled[half] = state.sum_unscaled[half] * old_unscaled + sum_unscaled;
+      state.first[half] = state.first[half] * old_unscaled + got;
+    }
+    state.sum[half] = state.sum[half] * old + sum;
+    state.top[half] = top;
+    IDCORE_UNROLL
+    for (int tile = 0; tile < G::kTiles; ++tile) {
+      acc[tile][2 * half] *= old;
+      acc[tile][2 * half + 1] *= old;
+    }
+  }
+}
+
+// acc += weights times values.
+template <class T, int kHeadDim>
+IDCORE_DEVICE void apply(float (&acc)[Geometry<kHeadDim>::kTiles][4],
+                         const float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const uint16_t* values, int count,
+                         int lane) {
+  using G = Geometry<kHeadDim>;
+  const uint16_t* at = values + (lane & 15) * G::kPitch + (lane >> 4) * 8;
+  IDCORE_UNROLL
+  for (int pair = 0; pair < G::kPairs; ++pair) {
+    if (pair * 16 >= count) continue;
+    const float(&left)[4] = s[2 * pair];
+    const float(&right)[4] = s[2 * pair + 1];
+    const uint32_t p[4] = {T::pack(left[0], left[1]), T::pack(left[2], left[3]), T::pack(right[0], right[1]),
+                           T::pack(right[2], right[3])};
+    IDCORE_UNROLL
+    for (int tile = 0; tile < G::kTiles; tile += 2) {
+      uint32_t v[4];
+      load_matrices_transposed(v, at + pair * 16 * G::kPitch + tile * 8);
+      T::multiply(acc[tile], p, v[0], v[1]);
+      if (tile + 1 < G::kTiles) T::multiply(acc[tile + 1 < G::kTiles ? tile + 1 : tile], p, v[2], v[3]);
+    }
+  }
+}
+
+// Fragments to 16 rows in shared memory, cast to T.
+template <class T, int kHeadDim>
+IDCORE_DEVICE void stage(uint16_t* rows, const float (&x)[Geometry<kHeadDim>::kTiles][4], int lane) {
+  using G = Geometry<kHeadDim>;
+  uint16_t* at = rows + (lane >> 2) * G::kPitch + (lane & 3) * 2;
+  IDCORE_UNROLL
+  for (int tile = 0; tile < G::kTiles; ++tile) {
+    *reinterpret_cast<uint32_t*>(at + tile * 8) = T::pack(x[tile][0], x[tile][1]);
+    *reinterpret_cast<uint32_t*>(at + 8 * G::kPitch + tile * 8) = T::pack(x[tile][2], x[tile][3]);
+  }
+}
+
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+// The warp's staged rows to memory, 16 bytes a lane where addresses allow.
+template <int kHeadDim>
+IDCORE_DEVICE void write_rows(uint16_t* matrix, int64_t stride, const uint16_t* rows, int first, int count, bool aligned,
+                              int lane) {
+  using G = Geometry<kHeadDim>;
+  constexpr int kVectors = kHeadDim / 8;
+  for (int v = lane; v < kWarpRows * kVectors; v += 32) {
+    const int row = v / kVectors;
+    const int column = v % kVectors * 8;
+    if (first + row >= count) continue;
+    const uint16_t* from = rows + row * G::kPitch + column;
+    uint16_t* to = matrix + (first + row) * stride + column;
+    if (aligned) {
+      *reinterpret_cast<Vector16*>(to) = *reinterpret_cast<const Vector16*>(from);
+    } else {
+      IDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) to[e] = from[e];
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace idcore

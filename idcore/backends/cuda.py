@@ -1,0 +1,124 @@
+"""`id_attention` by the compiled CUDA kernels (csrc/cuda): forward for inference in float16 and bfloat16.
+
+One launch for "add", two for "ortho" and "ortho_v2". Nothing is allocated by the kernels and nothing waits, so a call
+may be captured in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .call import Args, Call
+
+NAME = "cuda"
+DIFFERENTIABLE = False
+
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+MERGES = {"add": 0, "ortho": 1, "ortho_v2": 2}
+HEAD_DIMS = (40, 64, 80, 128, 160)
+MAX_IDENTITIES = 16
+BIAS_DTYPES = {torch.float32: 0, **DTYPES}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module with the CUDA kernels, or None and why there is none."""
+    try:
+        from .. import _C
+    except ImportError as e:
+        return None, f"the compiled module idcore._C cannot be loaded ({e}); build it with `pip install -e .`"
+    if not hasattr(_C, "id_attention_cuda"):
+        return None, "built without CUDA; put nvcc on the PATH and build again with IDCORE_CUDA=ON pip install -e ."
+    return _C, ""
+
+
+@functools.cache
+def _device_reasons() -> tuple[str, ...]:
+    """What the machine lacks; asked once."""
+    if not torch.cuda.is_available():
+        return ("no usable CUDA device (no driver, no GPU, or a PyTorch without CUDA)",)
+    if torch.cuda.get_device_capability()[0] < 8:
+        return ("the GPU is older than sm_80",)
+    return ()
+
+
+def why_not(call: Call) -> list[str]:
+    """Reasons why these kernels cannot run the call."""
+    reasons = []
+    if call.device != "cuda":
+        reasons.append(f"device={call.device} (runs on cuda)")
+    else:
+        reasons.extend(_device_reasons())
+    if _load()[0] is None:
+        reasons.append(_load()[1])
+    if call.dtype not in DTYPES:
+        reasons.append(
+            f"dtype={str(call.dtype).removeprefix('torch.')} (bfloat16 or float16: the kernels use 16-bit tensor cores)"
+        )
+    if call.head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim={call.head_dim} (one of {', '.join(map(str, HEAD_DIMS))})")
+    if len(call.li) > MAX_IDENTITIES:
+        reasons.append(f"{len(call.li)} identities (at most {MAX_IDENTITIES})")
+    if max(call.heads, call.batch) > 65535:
+        reasons.append("more than 65535 heads or samples")
+    if not call.dense_last_dim:
+        reasons.append("the head dim of q, k or v is not contiguous (call .contiguous() on it)")
+    if call.needs_grad:
+        reasons.append("gradients are recorded (forward only; the triton backend has both)")
+    return reasons
+
+
+def _head_tensor(t: Tensor) -> tuple[int, ...]:
+    return (t.data_ptr(), t.shape[0], *t.stride()[:3])
+
+
+def _bias(a: Args) -> tuple[tuple[int, ...], Tensor | None]:
+    """The kernel's view of text_bias, and the tensor that must live as long."""
+    if a.text_bias is None:
+        return (), None
+    t = a.text_bias if a.text_bias.dtype in (torch.float32, a.q.dtype) else a.text_bias.float()
+    t = t.expand(*a.q.shape[:3], a.k_text.shape[2])
+    return (t.data_ptr(), BIAS_DTYPES[t.dtype], *t.stride()), t
+
+
+def _identities(a: Args) -> tuple[tuple, ...]:
+    views = []
+    for j, (k, v) in enumerate(zip(a.k_id, a.v_id, strict=True)):
+        scale = (a.scale[j], 0, 0)
+        if isinstance(a.scale, Tensor):
+            scale = (0.0, a.scale[j].data_ptr(), a.scale.stride(1))
+        mask = (0, 0, 0)
+        if a.mask is not None:
+            m = a.mask[j]
+            mask = (m.data_ptr(), m.stride(0) if m.shape[0] > 1 else 0, m.stride(1))
+        views.append((_head_tensor(k), _head_tensor(v), k.shape[2], *scale, *mask))
+    return tuple(views)
+
+
+def call_tuples(a: Args, result: Tensor) -> tuple[tuple, Tensor | None]:
+    """The seven tuples of csrc/bind.cpp, and a tensor that must outlive the launch."""
+    b, h, lq, d = a.q.shape
+    numbers = (DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global)
+    bias, keep = _bias(a)
+    heads = (_head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
+    return (numbers, *heads, bias, _identities(a)), keep
+
+
+def forward(a: Args, out: Tensor | None = None) -> Tensor:
+    """[B, H, Lq, D], dtype of q, in memory order B, Lq, H, D; written into `out` if given."""
+    module, q = _load()[0], a.q
+    b, h, lq, d = q.shape
+    direct = out is not None and out.stride(3) == 1
+    result = out if direct else q.new_empty(b, lq, h, d).transpose(1, 2)
+    with torch.cuda.device(q.device):
+        tuples, keep = call_tuples(a, result)
+        size = module.id_attention_cuda_workspace(*tuples) if a.merge != "add" else 0
+        scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        module.id_attention_cuda(*tuples, scratch.data_ptr(), stream)
+    del keep  # freed in stream order by PyTorch's allocator
+    return result if out is None or direct else out.copy_(result)
