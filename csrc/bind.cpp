@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -13,6 +15,7 @@
 #include "id_attention.h"
 #if defined(IDCORE_WITH_CUDA)
 #include "cuda/device.h"
+#include "cuda/id_attention_fwd.h"
 #endif
 
 namespace py = pybind11;
@@ -127,16 +130,48 @@ void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tu
   idcore::cpu::id_attention_fwd(p, kernels);
 }
 
+#if defined(IDCORE_WITH_CUDA)
+using Tuples = const py::tuple&;
+
+py::object id_attention_cuda_refusal(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
+                                     Tuples text_bias, Tuples identities) {
+  const char* reason =
+      idcore::cuda::id_attention_refusal(params_of(numbers, q, k_text, v_text, out, text_bias, identities));
+  return reason == nullptr ? py::object(py::none()) : py::object(py::str(reason));
+}
+
+int64_t id_attention_cuda_workspace(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
+                                    Tuples text_bias, Tuples identities) {
+  return idcore::cuda::id_attention_workspace(
+      params_of(numbers, q, k_text, v_text, out, text_bias, identities));
+}
+
+void id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out, Tuples text_bias,
+                       Tuples identities, uintptr_t workspace, uintptr_t stream) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities);
+  int error = 0;
+  {
+    py::gil_scoped_release release;
+    error = idcore::cuda::id_attention_fwd(p, reinterpret_cast<void*>(workspace),
+                                           reinterpret_cast<void*>(stream));
+  }
+  if (error != 0) {
+    throw std::runtime_error(std::string("id_attention_cuda: CUDA error ") + std::to_string(error) + ": " +
+                             idcore::cuda::error_text(error));
+  }
+}
+#endif
+
 void set_cpu_isa(const std::string& name) {
   if (!idcore::cpu::choose(name.c_str())) {
     throw py::value_error("set_cpu_isa: '" + name + "' was not compiled in or this machine lacks it");
   }
 }
 
-double cpu_peak_gflops(int threads, double seconds) {
+double cpu_peak_gflops(int threads, double seconds, bool bf16) {
   const idcore::cpu::Kernels& kernels = chosen_kernels();
   py::gil_scoped_release release;
-  return idcore::cpu::measure_peak(kernels, threads, seconds);
+  return idcore::cpu::measure_peak(kernels, threads, seconds, bf16 && kernels.has_pairs);
 }
 
 std::vector<std::string> split(const std::string& text) {
@@ -212,8 +247,17 @@ PYBIND11_MODULE(_C, m) {
         "Force an instruction set; '' goes back to the default.");
   m.def("cpu_isa", [] { return chosen_kernels().name; }, "The instruction set in use.");
   m.def("cpu_peak_gflops", &cpu_peak_gflops, py::arg("threads") = 0, py::arg("seconds") = 0.3,
+        py::arg("bf16") = false,
         "Multiply-add rate in registers of the instruction set in use, over all given threads, in GFLOP/s.");
   m.def("release_workspace", &idcore::cpu::release_workspace, "Free this thread's workspace; returns bytes.");
+#if defined(IDCORE_WITH_CUDA)
+  m.def("id_attention_cuda", &id_attention_cuda,
+        "Forward on the current CUDA device: the tuples of id_attention_cpu, workspace address, stream.");
+  m.def("id_attention_cuda_refusal", &id_attention_cuda_refusal,
+        "None, or why the CUDA kernels cannot run the call.");
+  m.def("id_attention_cuda_workspace", &id_attention_cuda_workspace,
+        "Bytes of device scratch memory for the call.");
+#endif
   m.def("cuda_devices", &cuda_devices,
         "CUDA devices by name and capability; empty without a driver or a GPU.");
 }

@@ -148,8 +148,10 @@ class Call {
     }
     scratch_ = pieces.take<float>(plan_.row_floats * threads_);
     const int64_t n = p_.num_identities, rows = plan_.chunks * kChunkRows, width = plan_.padded_dim;
-    const int64_t bytes = p_.dtype == DType::kFloat32 ? 4 : 2;
+    const bool few = p_.dtype != DType::kFloat32 && p_.lq <= kFewRows;
+    const int64_t bytes = p_.dtype == DType::kFloat32 || few ? 4 : 2;
     plan_.text = two_passes_ ? pieces.take<char>(p_.batch * rows * p_.heads * width * bytes) : nullptr;
+    plan_.mixed = two_passes_ && few ? pieces.take<float>(p_.batch * rows * p_.heads * width) : nullptr;
     plan_.sums = two_passes_ ? pieces.take<float>(items_ * n * 2 * width) : nullptr;
     plan_.alpha = two_passes_ ? pieces.take<float>(p_.batch * n * p_.heads * width) : nullptr;
     plan_.share =

@@ -10,6 +10,8 @@ namespace cpu {
 
 // Image rows of one work item. Fixed, so that sums over rows are added in one order whatever the threads.
 constexpr int64_t kChunkRows = 128;
+// 16-bit calls with at most so many rows keep h and u in float32 between the passes of ortho (our choice).
+constexpr int64_t kFewRows = 256;
 // Branch 0 is the text, branch j + 1 is identity j.
 constexpr int kMaxBranches = 1 + kMaxIdentities;
 
@@ -28,8 +30,11 @@ struct Plan {
   int64_t row_floats;  // floats per thread for a block of rows: queries and scores
   Packed k[kMaxBranches];
   Packed v[kMaxBranches];
-  // Only for ortho and ortho_v2, else null:
-  void* text;    // text attention of every row, dtype of out. [B, chunks, H, kChunkRows, padded_dim]
+  // Only for ortho and ortho_v2, else null. Between the passes h = text attention and u = h + sum s w i wait,
+  // h in `text` and u in the result, in the dtype of out; for few rows of a 16-bit call both wait in float32,
+  // because there u and alpha h may cancel (one row: exactly) and their rounding would be all that is left.
+  void* text;    // [B, chunks, H, kChunkRows, padded_dim], dtype of out, or float32 where `mixed` is there
+  float* mixed;  // u, as `text`; null: u waits in the result
   float* share;  // what the first num_global tokens get, per head (ortho_v2). [n, B, H, chunks * kChunkRows]
   float* sums;   // per work item sum w h i and sum w h h. [B, chunks, H, n, 2, padded_dim]
   float* alpha;  // [B, n, H, padded_dim]
@@ -50,8 +55,9 @@ struct Kernels {
   void (*attend)(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, float* scratch);
   // The second pass of ortho and ortho_v2: adds what depends on sums over all rows.
   void (*finish)(const Plan& plan, int64_t batch, int64_t chunk);
-  // Runs `rounds` of independent multiply-adds in registers and returns the floating-point operations done.
-  double (*multiply_adds)(int64_t rounds);
+  // Runs `rounds` of independent multiply-adds in registers (with `pairs` the bf16 dot product) and returns
+  // the floating-point operations done.
+  double (*multiply_adds)(int64_t rounds, bool pairs);
 };
 
 const Kernels* kernels_base();

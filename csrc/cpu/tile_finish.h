@@ -20,6 +20,9 @@ IDC_INLINE V load_typed(DType dtype, const char* row, int64_t d, int64_t n) {
   return zero();
 }
 
+// Rows to ask for in advance: the result's rows lie a whole [H, D] row apart.
+constexpr int64_t kPrefetchRows = 8;
+
 // Per row s w (a - 1), or -s w for ortho, of identity j. `factor` has kChunkRows floats.
 IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t chunk, int64_t rows,
                               float* factor) {
@@ -42,29 +45,47 @@ IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t ch
   }
 }
 
-template <DType kType>
+// kType: of the result; kWait: of h and u.
+template <DType kType, DType kWait>
 IDC_NOINLINE void finish_head(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, int64_t rows,
                               const float* factor) {
   const IdAttentionParams& p = *plan.params;
-  const int64_t bytes = element_bytes(kType), width = plan.padded_dim;
-  const char* text = static_cast<const char*>(plan.text) +
-                     ((batch * plan.chunks + chunk) * p.heads + head) * kChunkRows * width * bytes;
-  char* out =
-      static_cast<char*>(p.out.data) +
-      (batch * p.out.stride_batch + head * p.out.stride_head + chunk * kChunkRows * p.out.stride_row) * bytes;
+  constexpr bool kInPlace = kType == kWait;
+  const int64_t bytes = element_bytes(kType), width = plan.padded_dim,
+                wait_bytes = width * element_bytes(kWait);
+  const int64_t offset = ((batch * plan.chunks + chunk) * p.heads + head) * kChunkRows * wait_bytes;
+  const char* text = static_cast<const char*>(plan.text) + offset;
+  const char* mixed = reinterpret_cast<const char*>(plan.mixed) + (kInPlace ? 0 : offset);
+  const int64_t row_bytes = p.out.stride_row * bytes;
+  char* out = static_cast<char*>(p.out.data) +
+              (batch * p.out.stride_batch + head * p.out.stride_head) * bytes +
+              chunk * kChunkRows * row_bytes;
   const float* alpha = plan.alpha + (batch * p.num_identities * p.heads + head) * width;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r, out += row_bytes, text += wait_bytes) {
+    const int64_t ahead = smaller(kPrefetchRows, rows - 1 - r);
+    for (int64_t at = 0; at < p.head_dim * bytes; at += 64) {
+      __builtin_prefetch(out + ahead * row_bytes + at, 1, 3);
+      __builtin_prefetch(text + ahead * wait_bytes + at, 0, 3);
+    }
     for (int64_t d = 0; d < width; d += kLanes) {
       V g = mul(all(factor[r]), load(alpha + d));
       for (int j = 1; j < p.num_identities; ++j) {
         g = fma(all(factor[j * kChunkRows + r]), load(alpha + j * p.heads * width + d), g);
       }
-      char* row = out + r * p.out.stride_row * bytes;
       const int64_t n = smaller(p.head_dim - d, kLanes);
-      const V h = load_typed(kType, text + r * width * bytes, d, kLanes);
-      store_typed(kType, row, d, fma(g, h, load_typed(kType, row, d, n)), n);
+      const V u =
+          kInPlace ? load_typed(kType, out, d, n) : load_typed(kWait, mixed + r * wait_bytes, d, kLanes);
+      store_typed(kType, out, d, fma(g, load_typed(kWait, text, d, kLanes), u), n);
     }
   }
+}
+
+template <DType kType>
+IDC_INLINE void finish_head_typed(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, int64_t rows,
+                                  const float* factor) {
+  if (plan.mixed != nullptr)
+    return finish_head<kType, DType::kFloat32>(plan, batch, chunk, head, rows, factor);
+  finish_head<kType, kType>(plan, batch, chunk, head, rows, factor);
 }
 
 void finish(const Plan& plan, int64_t batch, int64_t chunk) {
@@ -76,13 +97,13 @@ void finish(const Plan& plan, int64_t batch, int64_t chunk) {
   for (int64_t h = 0; h < p.heads; ++h) {
     switch (p.dtype) {
       case DType::kFloat32:
-        finish_head<DType::kFloat32>(plan, batch, chunk, h, rows, factor);
+        finish_head_typed<DType::kFloat32>(plan, batch, chunk, h, rows, factor);
         break;
       case DType::kBFloat16:
-        finish_head<DType::kBFloat16>(plan, batch, chunk, h, rows, factor);
+        finish_head_typed<DType::kBFloat16>(plan, batch, chunk, h, rows, factor);
         break;
       case DType::kFloat16:
-        finish_head<DType::kFloat16>(plan, batch, chunk, h, rows, factor);
+        finish_head_typed<DType::kFloat16>(plan, batch, chunk, h, rows, factor);
         break;
     }
   }

@@ -21,7 +21,9 @@ struct Block {
   int64_t out_row_bytes;
   float norm[kMaxBranches][kRows];  // 1 / sum of the branch's probabilities
   // Only for ortho and ortho_v2:
-  char* text;  // rows of `plan.text`
+  DType wait_dtype;  // of h and u between the passes
+  char* text;        // rows of `plan.text`
+  char* mixed;       // rows of `plan.mixed`; null: u goes to `out`
   int64_t text_row_bytes;
   float weight[kMaxIdentities][kRows];  // w, the region mask
   float amount[kMaxIdentities][kRows];  // s w
@@ -184,7 +186,7 @@ struct OrthoMerge {
     scale_rows(acc, block.norm[0] + at.row);
     keep(acc, h);
     const Place whole{at.row, at.vector, N * kLanes};
-    store_tile(acc, block.dtype, block.text, block.text_row_bytes, whole);
+    store_tile(acc, block.wait_dtype, block.text, block.text_row_bytes, whole);
     const float* before = h;
     for (int b = 1; b < block.branches; ++b) {
       clear(acc);
@@ -198,6 +200,8 @@ struct OrthoMerge {
         before = mixed;
       }
     }
+    if (block.mixed != nullptr)
+      return store_tile(acc, DType::kFloat32, block.mixed, block.text_row_bytes, whole);
     store_tile(acc, block.dtype, block.out, block.out_row_bytes, at);
   }
 };

@@ -1,0 +1,5 @@
+"""`python -m idcore.bench COMMAND`."""
+
+from .main import main
+
+raise SystemExit(main())

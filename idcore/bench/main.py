@@ -1,0 +1,78 @@
+"""The command line of the benchmarks. The JSON goes to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..env import command_line, machine
+from . import id_attention, peak
+
+OPS = {"id_attention": id_attention}
+
+
+def _names(allowed: Sequence[str]):
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(n for n in text.split(",") if n)
+        wrong = [n for n in names if n not in allowed]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: choose from {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m idcore.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in (*OPS, "ops"):
+        p = commands.add_parser(name, help="all ops" if name == "ops" else f"the op {name}")
+        p.add_argument("--backend", default="cpu", help="the backend that is timed (default: cpu)")
+        p.add_argument(
+            "--against", type=_names(id_attention.RIVALS), default=("eager", "compiled"),
+            help=f"what it is compared with, of {', '.join(id_attention.RIVALS)}",
+        )  # fmt: skip
+        p.add_argument("--cases", type=_names(id_attention.CASES), default=tuple(id_attention.DEFAULT_CASES))
+        p.add_argument("--dtype", type=_names(("fp32", "bf16", "fp16")), default=("fp32", "bf16"))
+        p.add_argument("--merge", type=_names(id_attention.MERGES), default=id_attention.MERGES)
+        p.add_argument("--batch", type=_numbers, default=(1, 2), help="batch sizes, such as 1,2")
+        p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")
+        p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
+    commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
+    for p in commands.choices.values():
+        p.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+        p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 1 when a backend was wrong: then no time is printed for that row."""
+    options = _parser().parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
+    if options.command == "peak":
+        report["rows"] = peak.rows(torch.get_num_threads())
+    else:
+        report.update(id_attention.run(options))
+    if options.json:
+        json.dump(report, sys.stdout, indent=1)
+        print()
+    else:
+        _print_table(report["rows"])
+    return 0 if all(row.get("parity", True) for row in report["rows"]) else 1
