@@ -88,7 +88,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _guard(_cpu_name),
         "cores": os.cpu_count(),
-        "isa": built.get("chosen_isa") if isinstance(built, dict) else built,
+        "isa": built.get("isa_chosen") if isinstance(built, dict) else built,
         "gpu": gpu[0] if isinstance(gpu, tuple) else gpu,
         "driver": gpu[1] if isinstance(gpu, tuple) else None,
         "torch": _version("torch"),
@@ -128,9 +128,17 @@ def _backends() -> dict[str, dict[str, Any]]:
 
 
 def _providers() -> list[str]:
-    import onnxruntime
+    from .encoders.onnx_runtime import available_providers
 
-    return list(onnxruntime.get_available_providers())
+    return available_providers()
+
+
+def _face_models() -> dict[str, str]:
+    """The provider that really runs the embedded face models, and why that one."""
+    from .encoders.analyzer import default_analyzer
+
+    analyzer = default_analyzer()
+    return {"provider": analyzer.provider, "reason": analyzer.reason}
 
 
 def _weights() -> dict[str, str]:
@@ -155,6 +163,7 @@ def report() -> dict[str, Any]:
         "packages": {p: _version(p) for p in PACKAGES},
         "backends": _guard(_backends),
         "providers": _guard(_providers),
+        "face_models": _guard(_face_models),
         "weights": _guard(_weights),
         "home": str(home()),
         "build": _guard(build_info),
@@ -164,15 +173,10 @@ def report() -> dict[str, Any]:
 
 def advice() -> list[str]:
     """What to mend, in words."""
-    out = []
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        out.append(
-            "onnxruntime and onnxruntime-gpu are both installed and share one folder: GPU support may be gone. "
-            "Keep one: pip uninstall onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
-        )
-    if not (_version("onnxruntime") or _version("onnxruntime-gpu")):
-        out.append('no ONNX Runtime: the face encoders need pip install "idcore[cpu]" or "idcore[gpu]"')
-    return out
+    from .encoders.onnx_runtime import runtime_problems
+
+    found = _guard(runtime_problems)
+    return found if isinstance(found, list) else [found]
 
 
 def as_text(r: dict[str, Any]) -> str:
@@ -182,7 +186,15 @@ def as_text(r: dict[str, Any]) -> str:
     lines += ["", "backends of id_attention"]
     for name, b in r["backends"].items() if isinstance(r["backends"], dict) else ():
         lines.append(f"  {name:10} {'usable' if b['usable'] else 'no: ' + '; '.join(b['why_not'])}")
-    lines += ["", f"build       {r['build']}", f"ONNX Runtime providers  {r['providers']}", "", "weights"]
+    lines += ["", "build"]
+    lines += [f"  {k:14} {', '.join(v) if isinstance(v, list) else v}" for k, v in r["build"].items()]
+    lines += [
+        "",
+        f"ONNX Runtime providers  {r['providers']}",
+        f"face models run on      {r['face_models']}",
+        "",
+        "weights",
+    ]
     lines += [f"  {k}: {v}" for k, v in r["weights"].items()] if isinstance(r["weights"], dict) else [r["weights"]]
     lines += ["", "packages"]
     lines += [f"  {k:16} {v or 'not installed'}" for k, v in r["packages"].items()]

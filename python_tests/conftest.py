@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config, items):
     gpu = torch.cuda.is_available()
     wants_nightly = "nightly" in (config.getoption("-m") or "")
     for item in items:
-        if "gpu" in item.keywords and not gpu:
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-        if "nightly" in item.keywords and not wants_nightly:
+        if item.get_closest_marker("nightly") and not wants_nightly:
             item.add_marker(pytest.mark.skip(reason="nightly; run with -m nightly"))
