@@ -98,6 +98,9 @@ def test_batch_is_one_row_per_sample_in_order():
     b.uncond_tokens = b.uncond_tokens + 1
     both = Identity.batch([a, b])
     assert torch.equal(both.uncond_tokens, torch.cat([a.uncond_tokens, b.uncond_tokens]))
+    pair = identity(3, rows=2)  # two people with one row of unconditional tokens between them
+    three = Identity.batch([pair, b])
+    assert torch.equal(three.uncond_tokens, torch.cat([a.uncond_tokens, a.uncond_tokens, b.uncond_tokens]))
 
 
 def test_mix_is_the_weighted_mean():

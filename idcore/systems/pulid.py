@@ -93,7 +93,7 @@ class PuLID(nn.Module):
         self.id_adapter = self.config.encoder.build()
         width = self.config.encoder.output_dim
         self.id_adapter_attn_layers = nn.ModuleDict({str(i): _Projections(width, c) for i, c in self.config.layers})
-        self.preprocess = preprocess
+        self.__dict__["preprocess"] = preprocess  # past nn.Module: its networks are no weights of PuLID
         self.options = self.preset(mode)
         self._weights_hash: str | None = None
         self._uncond: dict[int, Tensor] = {}

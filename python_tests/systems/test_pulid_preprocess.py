@@ -226,6 +226,14 @@ def test_features_follow_the_chain_step_by_step():
     torch.testing.assert_close(got.id_cond[0, 0, 4:].norm(), torch.tensor(1.0))
 
 
+def test_beyond_the_edge_the_chip_has_the_published_colour():
+    """RGB 132, 133, 135 (OpenCV's border value of 135, 133, 132 in BGR)."""
+    chip = pipeline().align(photo(), points_at(-60, -60, 0.5))
+    assert chip.shape == (512, 512, 3) and chip.dtype == np.uint8
+    assert chip[0, 0].tolist() == [132, 133, 135] and chip[110, 110].tolist() == [132, 133, 135]
+    assert np.abs(chip[300, 300].astype(int) - np.asarray(photo())[90, 90]).max() < 40
+
+
 @pytest.mark.parametrize("policy,box", [("largest", BIG), ("center", CENTRAL), (1, CENTRAL)])
 def test_one_face_serves_both_branches(policy, box):
     """The largest face is not the central one: recogniser and vision tower must see the same of the two."""
@@ -298,6 +306,7 @@ def test_from_photos_to_a_saved_identity(tmp_path):
     encoder = EncoderConfig("v1", id_dim=10, vit_dim=16, width=16, output_dim=14)
     system = PuLID(PuLIDConfig(encoder, ((1, 8),)), preprocess=pipeline(parsing=FakeParser())).eval()
     assert len(system.state_dict()) == 112  # the tower and the parser are not part of PuLID's weights
+    assert len(PuLID(system.config, preprocess=torch.nn.Linear(2, 2)).state_dict()) == 112
     me = system.encode([photo(), photo(seed=1)])
     assert me.tokens.shape == (1, 15, 14) and me.meta["photos"] == 2 and me.meta["preprocess"] == "pulid-1"
     me.save(tmp_path / "me.safetensors")
