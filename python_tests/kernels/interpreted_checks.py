@@ -1,0 +1,147 @@
+"""Triton kernels in the interpreter (CPU) against float64: forward and backward.
+
+Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import Case, build, check_backward, check_forward, poisoned
+
+from idcore import id_attention
+from idcore.kernels import launch, launch_bwd
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Modules that launch forward and backward, their kernels interpreted."""
+    if not launch.INTERPRETED:
+        pytest.fail("set TRITON_INTERPRET=1 before Python starts (test_triton.py does)")
+    return launch, launch_bwd
+
+
+BASE = Case()
+TWO = dict(li=(5, 32), rows=(1, 2), scale=(0.7, -0.4))
+FORWARD = {
+    "add": BASE,
+    "ortho": BASE.with_(merge="ortho", **TWO, mask=True),
+    "ortho_v2": BASE.with_(merge="ortho_v2", **TWO, mask=True),
+    "half add": BASE.with_(dtype=torch.float16, scale="tensor", layout="plain"),
+    "half ortho_v2": BASE.with_(dtype=torch.float16, merge="ortho_v2", layout="cut"),
+    "half ortho": BASE.with_(dtype=torch.float16, merge="ortho"),
+    "bfloat16 upcast": BASE.with_(dtype=torch.bfloat16, merge="ortho_v2"),
+    "one row, fewer tokens than five": BASE.with_(merge="ortho_v2", lq=1, li=(1,), zero=9, d=40),
+    "three rows, no zero tokens": BASE.with_(merge="ortho_v2", lq=3, li=(4,), zero=0, d=80),
+    "63 rows, 10 tokens": BASE.with_(lq=63, li=(10,), layout="holes"),
+    "77 rows, 16 tokens": BASE.with_(merge="ortho", lq=77, li=(16,), d=16),
+    "37 tokens, wide head": BASE.with_(merge="ortho_v2", lq=33, li=(37,), d=160),
+    "4097 rows": BASE.with_(merge="ortho_v2", b=1, h=1, lq=4097, rows=(1,), text_rows=1),
+    "identity without tokens": BASE.with_(merge="ortho_v2", li=(0, 5), rows=(2, 2), scale=(1.0, 1.0), zero=3),
+    "no identity": BASE.with_(merge="ortho", li=(), rows=(), scale=1.0),
+    "scale 0": BASE.with_(merge="ortho_v2", scale=0.0),
+    "bias, long text": BASE.with_(bias=True, lt=150, scale="tensor", mask=True),
+    "cond and uncond halves": BASE.with_(b=4, rows=(2,), text_rows=1),
+    "num_global above all": BASE.with_(merge="ortho_v2", li=(3,), zero=2, num_global=9),
+}
+BACKWARD = {
+    "add": BASE.with_(**TWO, mask=True),
+    "ortho": BASE.with_(merge="ortho", **TWO, mask=True),
+    "ortho_v2": BASE.with_(merge="ortho_v2", **TWO, mask=True, text_rows=1),
+    "half add": BASE.with_(dtype=torch.float16, scale="tensor"),
+    "half ortho_v2": BASE.with_(dtype=torch.float16, merge="ortho_v2", layout="cut"),
+    "one row, fewer tokens than five": BASE.with_(merge="ortho_v2", lq=1, li=(1,), zero=9, d=40),
+    "300 rows, holes, bias": BASE.with_(merge="ortho_v2", b=1, h=1, lq=300, li=(4,), rows=(1,), text_rows=1, zero=0,
+                                        layout="holes", bias=True, d=80),
+    "identity without tokens": BASE.with_(merge="ortho_v2", li=(0, 5), rows=(2, 2), scale=(1.0, 0.0), zero=3),
+    "no identity": BASE.with_(li=(), rows=(), scale=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(kernels, name):
+    c = FORWARD[name]
+    a, truth = build(c)
+    out, frame = poisoned(a.q)
+    kernels[0].forward(a, out)
+    check_forward(c, out, a, truth)
+    assert frame[:, 0].isnan().all() and frame[:, -1].isnan().all(), "wrote outside its result"
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(kernels, name):
+    c = BACKWARD[name]
+    a, truth = build(c)
+    g = torch.randn(a.q.shape, generator=torch.Generator().manual_seed(1)).to(a.q.dtype)
+    check_backward(c, kernels[1].backward(a, g), a, truth, g)
+
+
+def test_statistics_of_forward_spare_backward_the_recomputation(kernels):
+    a, _ = build(BASE.with_(merge="ortho_v2", **TWO))
+    g = torch.randn(a.q.shape)
+    out, stats = kernels[0].forward_stats(a)
+    assert torch.equal(out, kernels[0].forward(a))
+    kept, again = kernels[1].backward(a, g, stats), kernels[1].backward(a, g)
+    for x, y in zip((*kept[:3], *kept[3], *kept[4], kept[5]), (*again[:3], *again[3], *again[4], again[5])):
+        assert torch.equal(x, y)
+    b, h, lq, d = a.q.shape
+    floats = sum(t.numel() for t in stats if t is not None)
+    assert floats == b * h * lq * 5 + 2 * b * lq + 4 * b * h * d  # three sums, a, alpha and its denominator; two identities
+    partly = kernels[1].backward(a, g, stats, text_kv=False)
+    assert partly[1] is None and partly[2] is None and torch.equal(partly[0], kept[0])
+
+
+def test_the_op_takes_the_backend_for_both_directions(kernels):
+    a, truth = build(BASE.with_(merge="ortho_v2"))
+    q = a.q.detach().requires_grad_()
+    out = id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="triton")
+    check_forward(BASE, out.detach(), a, truth)
+    out.sum().backward()
+    expected = torch.autograd.grad(
+        id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="reference")
+        .sum(),
+        q,
+    )[0]
+    assert (q.grad - expected).abs().max() < 2e-5
+
+
+def random_case(seed: int) -> Case:
+    """Any shape, layout, dtype and merge."""
+    r = random.Random(seed)
+    n = r.choice((0, 1, 1, 2, 3))
+    b = r.choice((1, 2, 4))
+    divisors = [k for k in (1, 2, 4) if b % k == 0]
+    zero = r.choice((0, 1, 8, 20))
+    return Case(
+        merge=r.choice(("add", "ortho", "ortho_v2")), dtype=r.choice((torch.float32, torch.float16)), b=b,
+        h=r.choice((1, 2, 3)), lq=r.choice((1, 3, 17, 33, 63, 77, 130)), lt=r.choice((1, 5, 77, 80, 129)),
+        d=r.choice((8, 40, 64, 80, 128, 160)), li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 32, 37)) for _ in range(n)),
+        rows=tuple(r.choice(divisors) for _ in range(n)), text_rows=r.choice(divisors), zero=zero,
+        num_global=r.choice((1, 5, 40)), scale=r.choice(("tensor", 0.0, -1.5, 1.0)) if n else 1.0,
+        mask=n > 0 and r.random() < 0.5, bias=r.random() < 0.2, layout=r.choice(("packed", "plain", "holes", "cut")), seed=seed,
+    )  # fmt: skip
+
+
+def fuzz(kernels, seed: int) -> None:
+    c = random_case(seed)
+    a, truth = build(c)
+    out, _ = poisoned(a.q)
+    check_forward(c, kernels[0].forward(a, out), a, truth)
+    if seed % 4 == 0:
+        g = torch.randn(a.q.shape, generator=torch.Generator().manual_seed(seed)).to(a.q.dtype)
+        check_backward(c, kernels[1].backward(a, g), a, truth, g)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_fuzz(kernels, block):
+    for seed in range(10 * block, 10 * block + 10):
+        fuzz(kernels, seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("block", range(40))
+def test_fuzz_long(kernels, block):
+    for seed in range(1000 + 50 * block, 1050 + 50 * block):
+        fuzz(kernels, seed)

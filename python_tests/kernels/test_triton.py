@@ -1,0 +1,55 @@
+"""The Triton backend: its interpreted checks in a process of their own, and its refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from idcore import id_attention
+from idcore.backends import triton as backend
+from idcore.errors import NoBackendError
+from idcore.ops import dispatch
+
+pytest.importorskip("triton")
+CHECKS = Path(__file__).with_name("interpreted_checks.py")
+
+
+def run_checks(*selection: str, timeout: int) -> str:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", str(CHECKS), *selection]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=CHECKS.parents[2])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_interpreted_kernels_agree_with_float64():
+    assert " passed" in run_checks("-m", "not nightly", timeout=900)
+
+
+@pytest.mark.nightly
+def test_interpreted_kernels_agree_with_float64_on_2000_random_calls():
+    assert " passed" in run_checks("-m", "nightly", timeout=7200)
+
+
+def test_refusals_name_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._choose.cache_clear()
+    q = torch.zeros(1, 1, 2, 64)
+    with pytest.raises(NoBackendError, match="needs a CUDA device; TRITON_INTERPRET=1"):
+        id_attention(q, q, q, backend="triton")
+    wide = torch.zeros(1, 1, 2, 192)
+    with pytest.raises(NoBackendError, match=r"head_dim=192 \(at most 128 for float32\)"):
+        id_attention(wide, wide, wide, backend="triton")
+    with pytest.raises(NoBackendError, match="dtype=float64"):
+        id_attention(q.double(), q.double(), q.double(), backend="triton")
+    assert backend.DIFFERENTIABLE is False
+
+
+def test_importing_the_backend_imports_no_triton():
+    code = "import sys, idcore.backends.triton; assert 'idcore.kernels' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[2])
