@@ -23,7 +23,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit for the JSON header
 
 
 def sniff(path: str | Path) -> str:
-    """"safetensors", "torch pickle", or words for what it is instead.
+    """ "safetensors", "torch pickle", or words for what it is instead.
 
     Raises:
         WeightsError: the file is missing, is a folder, or cannot be read.
@@ -63,16 +63,20 @@ def check_container(path: str | Path, what: str) -> tuple[dict[str, dict], dict[
     path = Path(path)
     kind = sniff(path)
     if kind == "torch pickle":
-        raise WeightsError(f"{what}: {path} is a torch pickle, which can carry code; it is not opened here. "
-                           f"Convert it once: idcore.weights.convert_pickle({str(path)!r}, 'out.safetensors')")
+        raise WeightsError(
+            f"{what}: {path} is a torch pickle, which can carry code; it is not opened here. "
+            f"Convert it once: idcore.weights.convert_pickle({str(path)!r}, 'out.safetensors')"
+        )
     if kind != "safetensors":
         raise WeightsError(f"{what}: wanted a safetensors file, {path} is {kind}")
     size = path.stat().st_size
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         if length > min(size - 8, _MAX_HEADER):
-            raise WeightsError(f"{what}: {path} is truncated or no safetensors file: its header should take "
-                               f"{length:,} bytes, the file has {size:,}; fetch it again")
+            raise WeightsError(
+                f"{what}: {path} is truncated or no safetensors file: its header should take "
+                f"{length:,} bytes, the file has {size:,}; fetch it again"
+            )
         raw = f.read(length)
     try:
         header = json.loads(raw)
@@ -81,13 +85,16 @@ def check_container(path: str | Path, what: str) -> tuple[dict[str, dict], dict[
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{what}: the header of {path} is damaged ({e}); fetch the file again") from e
     if 8 + length + end != size:
-        raise WeightsError(f"{what}: {path} is truncated or damaged: its header speaks of {8 + length + end:,} "
-                           f"bytes, the file has {size:,}; fetch it again")
+        raise WeightsError(
+            f"{what}: {path} is truncated or damaged: its header speaks of {8 + length + end:,} "
+            f"bytes, the file has {size:,}; fetch it again"
+        )
     return header, metadata
 
 
-def read_safetensors(path: str | os.PathLike, *, what: str = "weights", check_finite: bool = True,
-                     keep: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    path: str | os.PathLike, *, what: str = "weights", check_finite: bool = True, keep: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file to CPU tensors in the file's dtypes.
 
     Args:
@@ -118,8 +125,9 @@ def read_safetensors(path: str | os.PathLike, *, what: str = "weights", check_fi
     return tensors, metadata
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor],
-                      metadata: Mapping[str, str] | None = None) -> Path:
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write all or nothing: a staging file beside ``path``, flushed to disk, then renamed over it.
 
     Raises:
@@ -164,16 +172,20 @@ def _why_not_written(path: Path, tensors: Mapping[str, Tensor], cause: Exception
         free = f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free there"
     except OSError:
         free = f"the folder {path.parent} does not exist or cannot be read"
-    return (f"could not write {path}: {cause}; wanted a writable folder with {need:.1f} MiB free, "
-            f"found {free}. Nothing that stood at this path was touched")
+    return (
+        f"could not write {path}: {cause}; wanted a writable folder with {need:.1f} MiB free, "
+        f"found {free}. Nothing that stood at this path was touched"
+    )
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise WeightsError naming the floating tensors that hold NaN or infinity (first 5 and the count)."""
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
-        raise WeightsError(f"{what}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {first_few(bad)}; "
-                           "the file is damaged or its training diverged: fetch it again")
+        raise WeightsError(
+            f"{what}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {first_few(bad)}; "
+            "the file is damaged or its training diverged: fetch it again"
+        )
 
 
 def require_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Iterable[int]], what: str) -> None:
@@ -184,13 +196,19 @@ def require_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Iterable[int]
     shapes = {k: tuple(s) for k, s in wanted.items()}
     missing = [k for k in shapes if k not in found]
     extra = [k for k in found if k not in shapes]
-    wrong = [f"{k} (wanted {list(shapes[k])}, got {list(t.shape)})" for k, t in found.items()
-             if k in shapes and tuple(t.shape) != shapes[k]]
+    wrong = [
+        f"{k} (wanted {list(shapes[k])}, got {list(t.shape)})"
+        for k, t in found.items()
+        if k in shapes and tuple(t.shape) != shapes[k]
+    ]
     named = (("missing", missing), ("unexpected", extra), ("of the wrong shape", wrong))
     parts = [f"{len(keys)} {label}: {first_few(keys)}" for label, keys in named if keys]
     if parts:
-        raise WeightsError(f"{what}: wanted {len(shapes)} tensors, got {len(found)}; " + "; ".join(parts)
-                           + ". Is it the right file and version? `idcore.weights.describe(path)` tells")
+        raise WeightsError(
+            f"{what}: wanted {len(shapes)} tensors, got {len(found)}; "
+            + "; ".join(parts)
+            + ". Is it the right file and version? `idcore.weights.describe(path)` tells"
+        )
 
 
 def first_few(names: list[str], n: int = 5) -> str:
@@ -198,7 +216,7 @@ def first_few(names: list[str], n: int = 5) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """"sha256:..." over names, dtypes, shapes and bytes, whatever the order of the keys."""
+    """ "sha256:..." over names, dtypes, shapes and bytes, whatever the order of the keys."""
     h = hashlib.sha256()
     for key in sorted(tensors):
         t = tensors[key].detach().cpu().contiguous()
@@ -208,7 +226,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    """"sha256:..." of a whole file."""
+    """ "sha256:..." of a whole file."""
     h = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

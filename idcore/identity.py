@@ -50,8 +50,10 @@ class Identity:
         bi, length, width = self.tokens.shape
         rows, *rest = self.uncond_tokens.shape
         if rest != [length, width] or rows not in (1, bi):
-            raise InputError(f"Identity: uncond_tokens must be [1 or {bi}, {length}, {width}] to go with tokens "
-                             f"{list(self.tokens.shape)}, got {list(self.uncond_tokens.shape)}")
+            raise InputError(
+                f"Identity: uncond_tokens must be [1 or {bi}, {length}, {width}] to go with tokens "
+                f"{list(self.tokens.shape)}, got {list(self.uncond_tokens.shape)}"
+            )
         self.uncond_tokens = self.uncond_tokens.to(self.tokens.device)
 
     def __repr__(self) -> str:
@@ -72,8 +74,10 @@ class Identity:
     def require_system(self, name: str) -> None:
         """Raise InputError unless the identity was made by the system ``name``."""
         if self.system != name:
-            raise InputError(f"this identity was made by the system {self.system!r}, {name!r} cannot read its tokens; "
-                             f"encode the photos again with {name!r}")
+            raise InputError(
+                f"this identity was made by the system {self.system!r}, {name!r} cannot read its tokens; "
+                f"encode the photos again with {name!r}"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file (all or nothing). It describes a person's face: treat it as personal data.
@@ -103,12 +107,16 @@ class Identity:
         """
         tensors, header = read_safetensors(path, what="identity", check_finite=False)
         if header.get("format") != FORMAT or "tokens" not in tensors:
-            raise InputError(f"{path} is a safetensors file, but no saved identity (format {header.get('format')!r}, "
-                             f"wanted {FORMAT!r}); make one with `idcore encode`")
+            raise InputError(
+                f"{path} is a safetensors file, but no saved identity (format {header.get('format')!r}, "
+                f"wanted {FORMAT!r}); make one with `idcore encode`"
+            )
         version = header.get("format_version", "")
         if version != str(FORMAT_VERSION):
-            raise InputError(f"{path} has identity format {version!r}, this idcore reads {FORMAT_VERSION}; "
-                             "update idcore or encode the photos again")
+            raise InputError(
+                f"{path} has identity format {version!r}, this idcore reads {FORMAT_VERSION}; "
+                "update idcore or encode the photos again"
+            )
         try:
             meta = json.loads(header.get("meta", "{}"))
         except ValueError as e:
@@ -174,13 +182,17 @@ def _alike(identities: Sequence[Identity], what: str, same_rows: bool = False) -
         other.require_system(first.system)
         start = 0 if same_rows else 1
         if other.tokens.shape[start:] != first.tokens.shape[start:]:
-            raise InputError(f"{what}: tokens must have the same shape, got {list(first.tokens.shape)} and "
-                             f"{list(other.tokens.shape)}; encode all with the same number of photos")
+            raise InputError(
+                f"{what}: tokens must have the same shape, got {list(first.tokens.shape)} and "
+                f"{list(other.tokens.shape)}; encode all with the same number of photos"
+            )
         if (other.uncond_tokens is None) != (first.uncond_tokens is None):
             raise InputError(f"{what}: some identities have uncond_tokens and some have none")
         if other.meta.get("encoder") != first.meta.get("encoder"):
-            raise InputError(f"{what}: the identities come from different encoder weights "
-                             f"({first.meta.get('encoder')} and {other.meta.get('encoder')}); encode again with one")
+            raise InputError(
+                f"{what}: the identities come from different encoder weights "
+                f"({first.meta.get('encoder')} and {other.meta.get('encoder')}); encode again with one"
+            )
     return first
 
 

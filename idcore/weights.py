@@ -139,8 +139,10 @@ def convert_pickle(src: str | os.PathLike, dst: str | os.PathLike) -> WeightsInf
         loaded = torch.load(src, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds; each means that the file is not a plain set of tensors
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise WeightsError(f"{src} cannot be opened as a plain set of tensors ({first}); no code from it was run. "
-                           "It is damaged or holds other objects: ask its publisher for safetensors") from e
+        raise WeightsError(
+            f"{src} cannot be opened as a plain set of tensors ({first}); no code from it was run. "
+            "It is damaged or holds other objects: ask its publisher for safetensors"
+        ) from e
     flat, skipped = _flatten(loaded)
     if not flat:
         raise WeightsError(f"{src} holds no tensors by name; wanted a state dict")
@@ -199,13 +201,17 @@ def read_pulid(path: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]
     """
     info = describe(path)
     if info.container == "torch pickle":
-        raise WeightsError(f"{path} is a torch pickle, which can carry code; it is not opened here. Convert it once: "
-                           f"idcore.weights.convert_pickle({str(path)!r}, 'pulid.safetensors')")
+        raise WeightsError(
+            f"{path} is a torch pickle, which can carry code; it is not opened here. Convert it once: "
+            f"idcore.weights.convert_pickle({str(path)!r}, 'pulid.safetensors')"
+        )
     if info.layout == "pulid_flux":
         raise WeightsError(f"{path} is a PuLID-FLUX file (pulid_ca.*); wanted the SDXL adapters of v1 or v1.1")
     if info.layout not in PULID_LAYOUTS:
-        raise WeightsError(f"{path} is no PuLID file (layout {info.layout}, {info.tensors} tensors); wanted "
-                           "id_adapter.* with id_adapter_attn_layers.*, or image_proj.* with ip_adapter.*")
+        raise WeightsError(
+            f"{path} is no PuLID file (layout {info.layout}, {info.tensors} tensors); wanted "
+            "id_adapter.* with id_adapter_attn_layers.*, or image_proj.* with ip_adapter.*"
+        )
     tensors, _ = read_safetensors(path, what="PuLID weights")
     out: dict[str, Tensor] = {}
     for key, t in tensors.items():
@@ -216,8 +222,9 @@ def read_pulid(path: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]
     return out, info
 
 
-def convert(src: str | os.PathLike, dst: str | os.PathLike, *, layout: str = "pulid",
-            unpickle: bool = False) -> WeightsInfo:
+def convert(
+    src: str | os.PathLike, dst: str | os.PathLike, *, layout: str = "pulid", unpickle: bool = False
+) -> WeightsInfo:
     """Any weights that idcore reads, as safetensors, dtypes unchanged.
 
     PuLID weights come out in the layout asked for. EVA-CLIP and face parsing weights have one layout only; they

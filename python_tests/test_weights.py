@@ -79,8 +79,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path, make, text):
 
 
 def test_overlapping_header_is_refused(tmp_path):
-    header = (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-              b'"b":{"dtype":"F32","shape":[3],"data_offsets":[4,16]}}')
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[3],"data_offsets":[4,16]}}'
+    )
     path = tmp_path / "overlap.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
@@ -202,8 +203,10 @@ def test_v1_pickle_is_refused_until_it_is_converted(tmp_path, nested):
     state = dict(system.state_dict())
     if nested:  # the community's layout as the IP-Adapter scripts pickle it: two dictionaries
         flat = {to_layout(k, "community"): v for k, v in state.items()}
-        state = {top: {k.removeprefix(f"{top}."): v for k, v in flat.items() if k.startswith(f"{top}.")}
-                 for top in ("image_proj", "ip_adapter")}
+        state = {
+            top: {k.removeprefix(f"{top}."): v for k, v in flat.items() if k.startswith(f"{top}.")}
+            for top in ("image_proj", "ip_adapter")
+        }
     torch.save(state, tmp_path / "pulid_v1.bin")
     with pytest.raises(WeightsError, match=r"torch pickle.*not opened here.*convert_pickle\('.*pulid_v1.bin'"):
         PuLID.from_weights(tmp_path / "pulid_v1.bin", config=system.config)

@@ -86,8 +86,13 @@ class PuLID(nn.Module):
             ``idcore.encoders.pulid_preprocess.PuLIDPreprocess``.
     """
 
-    def __init__(self, config: PuLIDConfig | None = None, *, mode: str | None = None,
-                 preprocess: Callable[[Any], PuLIDFeatures] | None = None) -> None:
+    def __init__(
+        self,
+        config: PuLIDConfig | None = None,
+        *,
+        mode: str | None = None,
+        preprocess: Callable[[Any], PuLIDFeatures] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config or PuLIDConfig()
         self.id_adapter = self.config.encoder.build()
@@ -100,12 +105,12 @@ class PuLID(nn.Module):
 
     @property
     def version(self) -> str:
-        """"v1" or "v1.1"."""
+        """ "v1" or "v1.1"."""
         return self.config.encoder.version
 
     @property
     def name(self) -> str:
-        """"pulid-v1" or "pulid-v1.1": the two do not read each other's tokens."""
+        """ "pulid-v1" or "pulid-v1.1": the two do not read each other's tokens."""
         return f"pulid-{self.version}"
 
     def preset(self, mode: str | None = None) -> AttentionOptions:
@@ -118,9 +123,16 @@ class PuLID(nn.Module):
     # -- weights ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_weights(cls, path: str | os.PathLike, version: str = "auto", *, dtype: torch.dtype = torch.float32,
-                     config: PuLIDConfig | None = None, mode: str | None = None,
-                     preprocess: Callable[[Any], PuLIDFeatures] | None = None) -> PuLID:
+    def from_weights(
+        cls,
+        path: str | os.PathLike,
+        version: str = "auto",
+        *,
+        dtype: torch.dtype = torch.float32,
+        config: PuLIDConfig | None = None,
+        mode: str | None = None,
+        preprocess: Callable[[Any], PuLIDFeatures] | None = None,
+    ) -> PuLID:
         """Load a safetensors file in any published layout (see `idcore.weights`).
 
         Args:
@@ -200,8 +212,10 @@ class PuLID(nn.Module):
         """
         if not isinstance(photos, PuLIDFeatures):
             if self.preprocess is None:
-                raise InputError("PuLID.encode: photos need preprocess=PuLIDPreprocess(...) in the constructor or in "
-                                 "from_weights (face model, vision tower, parsing); or give PuLIDFeatures")
+                raise InputError(
+                    "PuLID.encode: photos need preprocess=PuLIDPreprocess(...) in the constructor or in "
+                    "from_weights (face model, vision tower, parsing); or give PuLIDFeatures"
+                )
             photos = self.preprocess(photos)
         tokens = self(photos, id_mix=id_mix)
         uncond = self._uncond_like(self.uncond_tokens(photos.hidden[0].shape[2]), photos.n, id_mix)
@@ -246,13 +260,17 @@ class PuLID(nn.Module):
         found = {s.index: s.hidden for s in sites}
         if found == wanted:
             return sites
-        problems = [f"{s.name} (index {s.index}) has C={s.hidden}, weights have {wanted.get(s.index, 'none')}"
-                    for s in sites if wanted.get(s.index) != s.hidden]
+        problems = [
+            f"{s.name} (index {s.index}) has C={s.hidden}, weights have {wanted.get(s.index, 'none')}"
+            for s in sites
+            if wanted.get(s.index) != s.hidden
+        ]
         problems += [f"index {i} (C={wanted[i]}) has weights but no layer" for i in wanted if i not in found]
         base = "SDXL" if self.config.layers == SDXL_LAYERS else "such a"
         raise InputError(
             f"{self.name}: the weights are for a UNet with {_census(wanted.values())}, this one has "
-            f"{_census(found.values())}; {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "")
+            f"{_census(found.values())}; {problems[0]}"
+            + (f" and {len(problems) - 1} more" if problems[1:] else "")
             + f". Use {base} base model, or weights made for this one"
         )
 
@@ -282,7 +300,7 @@ def _encoder_hash(state: dict[str, Tensor]) -> str:
 
 
 def _census(widths: Iterable[int]) -> str:
-    """"70 cross-attention layers (10 x C=640, 60 x C=1280)"."""
+    """ "70 cross-attention layers (10 x C=640, 60 x C=1280)"."""
     widths = list(widths)
     parts = ", ".join(f"{widths.count(c)} x C={c}" for c in sorted(set(widths)))
     return f"{len(widths)} cross-attention layers" + (f" ({parts})" if parts else "")

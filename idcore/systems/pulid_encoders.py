@@ -70,16 +70,20 @@ def _mlp(d_in: int, width: int, d_out: int) -> nn.Sequential:
 def check_features(id_cond: Tensor, hidden: Sequence[Tensor], config: EncoderConfig) -> None:
     """Raise InputError unless ``id_cond`` is [B, n, id_dim] and ``hidden`` five of [B, n, T, vit_dim], T >= 2."""
     if id_cond.ndim != 3 or id_cond.shape[-1] != config.id_dim or 0 in id_cond.shape:
-        raise InputError(f"PuLID encoder: id_cond must be [B, n, {config.id_dim}] (n photos of each of B people), "
-                         f"got {list(id_cond.shape)}")
+        raise InputError(
+            f"PuLID encoder: id_cond must be [B, n, {config.id_dim}] (n photos of each of B people), "
+            f"got {list(id_cond.shape)}"
+        )
     if len(hidden) != SCALES:
         raise InputError(f"PuLID encoder: wanted {SCALES} hidden states of the vision tower, got {len(hidden)}")
     for i, h in enumerate(hidden):
         fits = h.ndim == 4 and h.shape[:2] == id_cond.shape[:2] and h.shape[2] >= 2 and h.shape[3] == config.vit_dim
         if not fits:
             b, n = id_cond.shape[:2]
-            raise InputError(f"PuLID encoder: hidden state {i} must be [B, n, T, {config.vit_dim}] with B={b}, n={n} "
-                             f"as in id_cond and T >= 2 (CLS and patches), got {list(h.shape)}")
+            raise InputError(
+                f"PuLID encoder: hidden state {i} must be [B, n, T, {config.vit_dim}] with B={b}, n={n} "
+                f"as in id_cond and T >= 2 (CLS and patches), got {list(h.shape)}"
+            )
 
 
 class IDEncoder(nn.Module):
@@ -133,8 +137,7 @@ class PerceiverAttention(nn.Module):
         """[B, N, W] and [B, M, W] to [B, M, W]."""
         latents = self.norm2(latents)
         kv = self.to_kv(torch.cat([self.norm1(context), latents], 1))
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for t in (self.to_q(latents), *kv.chunk(2, -1)))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(latents), *kv.chunk(2, -1)))
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

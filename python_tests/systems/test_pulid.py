@@ -160,10 +160,16 @@ def test_presets_are_the_published_ones():
 def sdxl_like():
     """SDXL's block layout (10 transformer layers in the deep blocks), very narrow, without values."""
     with torch.device("meta"):
-        return tiny_unet("sdxl", block_out_channels=(8, 16, 32), layers_per_block=2,
-                         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                         attention_head_dim=(1, 2, 4), transformer_layers_per_block=(1, 2, 10), norm_num_groups=4)
+        return tiny_unet(
+            "sdxl",
+            block_out_channels=(8, 16, 32),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(1, 2, 4),
+            transformer_layers_per_block=(1, 2, 10),
+            norm_num_groups=4,
+        )
 
 
 def test_published_indices_name_the_blocks_that_they_should():
@@ -233,8 +239,10 @@ def naive_processor(system, site, tokens, scale, merge, num_zero):
 
     def run(attn, hidden_states, encoder_hidden_states=None, **_):
         x = hidden_states.double()
-        q, k, v = (torch.nn.functional.linear(t.double(), m.weight.double())
-                   for t, m in ((x, attn.to_q), (encoder_hidden_states, attn.to_k), (encoder_hidden_states, attn.to_v)))
+        q, k, v = (
+            torch.nn.functional.linear(t.double(), m.weight.double())
+            for t, m in ((x, attn.to_q), (encoder_hidden_states, attn.to_k), (encoder_hidden_states, attn.to_v))
+        )
         layer = system.id_adapter_attn_layers[str(site.index)]
         zeros = torch.zeros(tokens.shape[0], num_zero, tokens.shape[2]).double()
         padded = torch.cat([tokens.double(), zeros], 1)

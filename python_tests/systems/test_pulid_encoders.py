@@ -146,8 +146,9 @@ def test_sdxl_layers_follow_the_published_table():
 
 # -- EVA02-CLIP tower -----------------------------------------------------------------------------------------
 
-TINY_EVA = EvaClipConfig(image_size=12, patch_size=4, width=16, depth=4, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2,
-                         taps=(1, 2, 3))
+TINY_EVA = EvaClipConfig(
+    image_size=12, patch_size=4, width=16, depth=4, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2, taps=(1, 2, 3)
+)
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from idcore.metrics.similarity import ARCFACE_COSINE
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 
-EVA = EvaClipConfig(image_size=24, patch_size=8, width=16, depth=6, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2,
-                    taps=(1, 2, 3, 4, 5))
+EVA = EvaClipConfig(
+    image_size=24, patch_size=8, width=16, depth=6, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2, taps=(1, 2, 3, 4, 5)
+)
 FFHQ = template("ffhq")
 
 
