@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention.conditioning import Conditioning, guidance_rows, people_of
+from .attention.conditioning import Conditioning
 from .attention.explaining import check_backend, describe
+from .attention.guidance import guidance_rows
+from .attention.kv_bank import people_of
 from .attention.sites import attention_of, unwrap
 from .attention.stack import IdStack, stack_of
 from .errors import InputError
@@ -117,7 +119,7 @@ class Handle:
         found there (or keep those that were installed since, e.g. by `load_ip_adapter`). May be called again."""
         if self.attached:
             self._stack.remove(self._unet, self._conditioning)
-            self._conditioning.refresh()
+            self._conditioning.bank.forget()
 
     def scale(self, id_scale: Any) -> None:
         """Set the strength; the forms of `attach`'s id_scale. Raises InputError and changes nothing if it is wrong."""
@@ -130,15 +132,7 @@ class Handle:
             InputError: they do not fit; the old identities stay.
         """
         c = self._conditioning
-        old = c.people
-        c.set_people(people_of(identity, c.system))
-        try:
-            place = _place(self._unet, c)
-            if place is not None:
-                c.fill(*place)
-        except BaseException:
-            c.set_people(old)
-            raise
+        c.set_people(people_of(identity, c.system), _place(self._unet, c))
 
     def masks(self, id_mask: Any) -> None:
         """Set where each identity acts, or None: everywhere.
@@ -157,7 +151,7 @@ class Handle:
         Needed only if weights were changed behind autograd's back (`.data`), or after `load_ip_adapter` on a
         compiled UNet.
         """
-        self._conditioning.refresh()
+        self._conditioning.bank.forget()
         if self.attached:
             self._stack.reconcile()
 
@@ -175,9 +169,10 @@ def _parts(pipe_or_unet: Any) -> tuple[Any, nn.Module]:
     unet = unwrap(getattr(target, "unet", None))
     if isinstance(unet, nn.Module):
         return target, unet
-    what = "has a transformer in place of a UNet" if getattr(target, "transformer", None) is not None else "has no unet"
+    what = "no unet" if getattr(target, "transformer", None) is None else "a transformer in place of a UNet"
     raise InputError(
-        f"attach: wanted a diffusers pipeline with a UNet (SD 1.x, SD 2.x, SDXL) or that UNet; {type(target).__name__} {what}"
+        "attach: wanted a diffusers pipeline with a UNet (SD 1.x, SD 2.x, SDXL) or that UNet; "
+        f"{type(target).__name__} has {what}"
     )
 
 

@@ -157,13 +157,16 @@ def _before_output(
     query = attn.to_q(states)
     key, value = _text_kv(binding, attn, states, text)
     call = TextCall(attn, query, key, value, given["attention_mask"])
-    size = binding.stack.size() if image is None else tuple(image[-2:])
+    size = None
+    if any(c.has_masks for c in active):
+        size = binding.stack.size() if image is None else tuple(image[-2:])
     groups = _groups(active, binding.site.name, call.q, size)
     if not torch.compiler.is_compiling():
         binding.seen = call.facts()
     if kind == "other":
         extra = binding.pick(given, but=("encoder_hidden_states", "attention_mask", "temb"))
-        total = before_output(found, attn, states, query, given["encoder_hidden_states"], given["attention_mask"], extra)
+        context, mask = given["encoder_hidden_states"], given["attention_mask"]
+        total = before_output(found, attn, states, query, context, mask, extra)
     else:
         total = call.joined(groups.pop(0))
     if groups:

@@ -18,10 +18,26 @@ from .types import Site
 class _PerThread(threading.local):
     """Size of the UNet's input in the forward that runs in this thread."""
 
-    size: tuple[int, int] | None = None
+    def __init__(self) -> None:
+        self.size: tuple[int, int] | None = None
 
     def __reduce__(self) -> tuple:
         return _PerThread, ()
+
+
+def _plain_python_unless_inlined(fn: Any) -> Any:
+    """Keep torch.compile from making a graph of its own of `fn`.
+
+    `torch.compile(unet)` calls the UNet's hooks outside of its graph, but would compile each as one more graph, in
+    which nothing can be put back. `unet.compile()` traces hooks together with the UNet: that stays possible.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(fn.__code__, skip)
+    elif hasattr(frames, "skip_code"):  # torch before 2.7
+        frames.skip_code(fn.__code__)
+    return fn
 
 
 class IdStack:
@@ -56,16 +72,33 @@ class IdStack:
         """Height and width of the UNet's input; recomputation in autograd's own threads takes the latest."""
         return self.here.size or self.latest
 
+    @_plain_python_unless_inlined
     def __call__(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
         """The forward pre-hook."""
-        if any(c.has_masks for c in self.layers):
-            sample = args[0] if args else kwargs["sample"]
+        sample = args[0] if args else kwargs.get("sample")
+        if sample is not None:
             self.here.size = self.latest = (sample.shape[-2], sample.shape[-1])
         if torch.compiler.is_compiling():
-            return
+            self._begin_traced()
+        else:
+            self._begin()
+
+    @torch.compiler.disable
+    def _begin(self) -> None:
         for c in self.layers:
+            c.rows_now = c.rows()
             c.begin()
         self.reconcile()
+
+    def _begin_traced(self) -> None:
+        for c in self.layers:
+            c.rows_now = c.rows()
+        for _, attn, ours in self.slots.values():
+            if attn.processor is not ours:
+                raise InputError(
+                    "attach: processors were replaced (load_ip_adapter, set_attn_processor) since the last forward; "
+                    "call handle.refresh() before this compiled UNet runs again"
+                )
 
     # -- attaching and detaching ----------------------------------------------------------------
 

@@ -23,11 +23,13 @@ def test_forms_of_one_mask(mask):
 
 def test_forms_of_several_masks():
     right = ~LEFT
-    processed = IPAdapterMaskProcessor().preprocess([Image.fromarray(LEFT), Image.fromarray(right)], height=16, width=32)
+    images = [Image.fromarray(LEFT), Image.fromarray(right)]
+    processed = IPAdapterMaskProcessor().preprocess(images, height=16, width=32)
     diffusers_list = [processed.reshape(1, 2, 16, 32)]
     for form in ([LEFT, right], np.stack([LEFT, right]), processed, diffusers_list):
         one, two = read_masks(form, 2)
-        assert torch.equal(one[0].bool(), torch.from_numpy(LEFT)) and torch.equal(two[0].bool(), torch.from_numpy(right))
+        assert torch.equal(one[0].bool(), torch.from_numpy(LEFT))
+        assert torch.equal(two[0].bool(), torch.from_numpy(right))
     assert read_masks([None, right], 2)[0] is None
     assert read_masks(None, 3) == (None, None, None)
     assert read_masks(torch.ones(4, 8, 8), 1)[0].shape == (4, 8, 8)  # one mask per image

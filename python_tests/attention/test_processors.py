@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers.models import attention_processor as ap
-from naive import NaiveProcessor, naive_unet
+from naive_attention import NaiveProcessor, naive_unet
 from torch import nn
 
 from idcore.attach import attach
@@ -158,7 +158,8 @@ class OneSystem:
         return [Site("attn.processor", 0, 32, 4, 8)]
 
     def project(self, site, tokens):
-        return tokens @ torch.linspace(-1, 1, 5 * 32).reshape(5, 32), tokens @ torch.linspace(1, 0, 5 * 32).reshape(5, 32)
+        k, v = torch.linspace(-1, 1, 5 * 32), torch.linspace(1, 0, 5 * 32)
+        return tokens @ k.reshape(5, 32), tokens @ v.reshape(5, 32)
 
 
 def person(seed=0):

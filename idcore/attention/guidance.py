@@ -1,0 +1,60 @@
+"""Of which parts a UNet batch is made: the halves of classifier-free guidance and their relatives."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import InputError
+
+ROWS = ("uncond", "cond")
+HALVES = (("cond",), ("uncond", "cond"))
+
+
+def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
+    """A function that tells, at each call, of which parts a UNet batch is made.
+
+    Args:
+        cfg: "auto", bool, or the order of the parts, e.g. ("cond", "uncond", "uncond") for InstructPix2Pix.
+        pipe: the pipeline given to `attach`, or None for a bare UNet.
+
+    Raises:
+        InputError: another value; or "auto" with a pipeline that does not tell.
+    """
+    if cfg is True or cfg is False or (cfg == "auto" and pipe is None):
+        rows = HALVES[cfg is True]
+        return lambda: rows
+    if isinstance(cfg, (tuple, list)) and "cond" in cfg and all(r in ROWS for r in cfg):
+        rows = tuple(cfg)
+        return lambda: rows
+    if cfg != "auto":
+        raise InputError(
+            f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, "
+            f"got {cfg!r}"
+        )
+    kind = type(pipe)
+    if not hasattr(kind, "do_classifier_free_guidance") or hasattr(kind, "image_guidance_scale"):
+        raise InputError(
+            f"attach: {kind.__name__} does not tell how its batches are made; give cfg=True where they are "
+            "[uncond, cond] halves, cfg=False without guidance, or the order of the parts as a tuple"
+        )
+    return _AskPipe(pipe)
+
+
+class _AskPipe:
+    """Reads the pipeline's own guidance state, without keeping the pipeline alive."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = weakref.ref(pipe)
+        self.has_pag = hasattr(type(pipe), "do_perturbed_attention_guidance")
+
+    def __call__(self) -> tuple[str, ...]:
+        pipe = self.pipe()
+        if pipe is None:
+            raise InputError("attach: the pipeline that was attached is gone; attach to its UNet with cfg=...")
+        # Before the pipeline's first call its guidance state does not exist yet.
+        rows = HALVES[1] if getattr(pipe, "do_classifier_free_guidance", False) else HALVES[0]
+        if self.has_pag and getattr(pipe, "do_perturbed_attention_guidance", False):
+            rows = (*rows, "cond")
+        return rows
