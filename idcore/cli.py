@@ -105,7 +105,7 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A PuLID file: .safetensors in any published layout, or v1's .bin.")],
+    source: Annotated[Path, typer.Argument(help="PuLID weights, EVA-CLIP's .pt or BiSeNet's .pth.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     layout: Annotated[
         str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')
@@ -114,7 +114,7 @@ def convert(
         bool, typer.Option(help="Allow reading a pickle (weights_only; no code of the file runs).")
     ] = False,
 ) -> None:
-    """Weights from one published key layout to another, as safetensors."""
+    """Published weights to safetensors, and PuLID's from one key layout to another."""
     from .workflows import convert_weights
 
     typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle), err=True)

@@ -260,6 +260,3 @@ def _write_layout(src: str | os.PathLike, dst: Path, layout: str) -> WeightsInfo
     state, info = read_pulid(src)
     write_safetensors(dst, {to_layout(k, layout): t for k, t in state.items()}, info.metadata)
     return describe(dst)
-
-
-convert_pulid = convert

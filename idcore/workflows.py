@@ -237,10 +237,10 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
 
 
 def convert_weights(source: Path, out: Path, *, layout: str = "pulid", unpickle: bool = False) -> str:
-    """Write PuLID weights in another layout; returns a line that says what was written."""
-    from .weights import convert_pulid
+    """Write published weights as safetensors, PuLID's in either layout; returns a line that says what was written."""
+    from .weights import convert
 
-    return f"{out}: {convert_pulid(source, out, layout=layout, unpickle=unpickle)}"
+    return f"{out}: {convert(source, out, layout=layout, unpickle=unpickle)}"
 
 
 def writable_folder(folder: Path) -> Path:

@@ -132,6 +132,37 @@ def warp(
     return np.asarray(chip if oversample == 1 else chip.reduce(oversample))
 
 
+def warp_bilinear(
+    image: np.ndarray, matrix: np.ndarray, size: int, fill: tuple[int, int, int] = (0, 0, 0)
+) -> np.ndarray:
+    """Chip [size,size,3] uint8, bilinear without averaging, ``fill`` outside and blended in at the edge.
+
+    What InsightFace and facexlib cut chips with, so networks trained behind them expect it; `warp`, which does not
+    alias, would be another input to them.
+
+    Args:
+        image: [H,W,3] uint8.
+        matrix: [2,3], image pixels to chip pixels, (0, 0) in the centre of the first pixel.
+        size: Side of the chip in pixels.
+        fill: Colour outside of the image, 0..255.
+    """
+    h, w, _ = image.shape
+    back = invert(matrix)
+    xs, ys = np.meshgrid(np.arange(size, dtype=np.float64), np.arange(size, dtype=np.float64))
+    x = back[0, 0] * xs + back[0, 1] * ys + back[0, 2]
+    y = back[1, 0] * xs + back[1, 1] * ys + back[1, 2]
+    x, y = np.clip(x, -1, w), np.clip(y, -1, h)  # one pixel of border is all that blends
+    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    # two pixels of border on the far side: where x lies exactly on w, its neighbour w + 1 is read with weight 0
+    pad = np.empty((h + 3, w + 3, 3), np.float64)
+    pad[:] = fill
+    pad[1 : h + 1, 1 : w + 1] = image
+    top = pad[y0 + 1, x0 + 1] * (1 - fx) + pad[y0 + 1, x0 + 2] * fx
+    bottom = pad[y0 + 2, x0 + 1] * (1 - fx) + pad[y0 + 2, x0 + 2] * fx
+    return np.rint(top * (1 - fy) + bottom * fy).clip(0, 255).astype(np.uint8)
+
+
 def align(
     image: np.ndarray | Image.Image,
     points: np.ndarray,
@@ -139,11 +170,16 @@ def align(
     size: int | None = None,
     padding: float = DLIB_PADDING,
     fill: tuple[int, int, int] = (0, 0, 0),
+    plain: bool = False,
 ) -> np.ndarray:
-    """The aligned chip [S,S,3] uint8 of the face with landmarks ``points`` [5,2] in an RGB ``image``."""
+    """The aligned chip [S,S,3] uint8 of the face with landmarks ``points`` [5,2] in an RGB ``image``.
+
+    ``plain``: sample with `warp_bilinear`, as the published ArcFace chain does, in place of `warp`.
+    """
     wanted = template(name, size, padding)
     matrix = similarity_transform(points, wanted)
-    return warp(image, matrix, TEMPLATES[name] if size is None else size, fill)
+    side = TEMPLATES[name] if size is None else size
+    return warp_bilinear(np.asarray(image), matrix, side, fill) if plain else warp(image, matrix, side, fill)
 
 
 def warp_batch(images: Tensor, matrices: Tensor, size: int) -> Tensor:

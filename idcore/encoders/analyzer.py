@@ -141,7 +141,7 @@ class ModelFolderAnalyzer(Chooses):
 
     def align(self, image: ImageLike, face: Face) -> np.ndarray:
         """The chip uint8 RGB [112,112,3]."""
-        return align(load_image(image), face.points, "arcface", self.recogniser.size)
+        return align(load_image(image), face.points, "arcface", self.recogniser.size, plain=True)
 
     def embed(self, image: ImageLike, face: Face) -> np.ndarray:
         """The embedding float32 [E] (512 in InsightFace's models), not unit-norm."""

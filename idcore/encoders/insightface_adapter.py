@@ -69,7 +69,7 @@ class InsightFaceAnalyzer(Chooses):
 
     def align(self, image: ImageLike, face: Face) -> np.ndarray:
         """The aligned chip, uint8 RGB [112,112,3]."""
-        return align(load_image(image), face.points, "arcface", self.size)
+        return align(load_image(image), face.points, "arcface", self.size, plain=True)
 
     def embed(self, image: ImageLike, face: Face) -> np.ndarray:
         """The embedding float32 [E], not unit-norm."""

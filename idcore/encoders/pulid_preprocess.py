@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from idcore.encoders.align import invert, similarity_transform, template
+from idcore.encoders.align import similarity_transform, template, warp_bilinear
 from idcore.encoders.eva_clip import CLIP_MEAN, CLIP_STD, EvaClipVisual
 from idcore.encoders.images import ImageLike, load_image
 from idcore.encoders.pulid_features import PuLIDFeatures
@@ -75,34 +75,6 @@ def lmeds_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     median, squares = best
     inliers = squares <= max(_LMEDS_WIDTH * median**0.5, 1e-3) ** 2
     return similarity_transform(source[inliers], target[inliers])
-
-
-def warp_bilinear(image: np.ndarray, matrix: np.ndarray, size: int, fill: Sequence[int]) -> np.ndarray:
-    """Chip [size,size,3] uint8, bilinear without averaging, ``fill`` outside and blended in at the edge.
-
-    The weights were trained on chips sampled so; `align.warp`, which does not alias, would be another input.
-
-    Args:
-        image: [H,W,3] uint8.
-        matrix: [2,3], image pixels to chip pixels, (0, 0) in the centre of the first pixel.
-        size: Side of the chip in pixels.
-        fill: Colour outside of the image, 0..255.
-    """
-    h, w, _ = image.shape
-    back = invert(matrix)
-    xs, ys = np.meshgrid(np.arange(size, dtype=np.float64), np.arange(size, dtype=np.float64))
-    x = back[0, 0] * xs + back[0, 1] * ys + back[0, 2]
-    y = back[1, 0] * xs + back[1, 1] * ys + back[1, 2]
-    x, y = np.clip(x, -1, w), np.clip(y, -1, h)  # one pixel of border is all that blends
-    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
-    # two pixels of border on the far side: where x lies exactly on w, its neighbour w + 1 is read with weight 0
-    pad = np.empty((h + 3, w + 3, 3), np.float64)
-    pad[:] = fill
-    pad[1 : h + 1, 1 : w + 1] = image
-    top = pad[y0 + 1, x0 + 1] * (1 - fx) + pad[y0 + 1, x0 + 2] * fx
-    bottom = pad[y0 + 2, x0 + 1] * (1 - fx) + pad[y0 + 2, x0 + 2] * fx
-    return np.rint(top * (1 - fy) + bottom * fy).clip(0, 255).astype(np.uint8)
 
 
 def whiten(chips: Tensor, labels: Tensor) -> Tensor:
