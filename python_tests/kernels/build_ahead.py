@@ -1,0 +1,46 @@
+"""Compile Triton kernels for GPU generations and print one JSON line a kernel. Used by test_resources.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import conftest  # noqa: E402, F401  (finds idcore.kernels)
+import torch  # noqa: E402
+
+from idcore.backends.call import normalize  # noqa: E402
+from idcore.kernels import ahead, launch, launch_bwd  # noqa: E402
+
+
+def arguments(dtype: torch.dtype, head_dim: int, merge: str):
+    """A call shaped as in SDXL, values left as they come."""
+
+    def heads(length: int) -> torch.Tensor:
+        return torch.empty(2, length, 2, head_dim, dtype=dtype).transpose(1, 2)
+
+    k, i = heads(77), heads(32)
+    return normalize(
+        heads(1024), k, k, i, i, id_scale=torch.empty(1, 2), id_mask=torch.empty(1, 1024), merge=merge, num_zero=8,
+        num_global=5, text_bias=None,
+    )  # fmt: skip
+
+
+def main() -> None:
+    for job in sys.argv[1:]:
+        dtype, head_dim, merge, capability, *only = job.split(",")
+        a = arguments(getattr(torch, dtype), int(head_dim), merge)
+        with ahead.recording(int(capability)) as kernels:
+            launch.forward(a)
+            if not only:
+                launch_bwd.backward(a, a.q)
+        for kernel in kernels:
+            built = dataclasses.asdict(ahead.read(kernel, int(capability)))
+            print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype, "job": job}))
+
+
+if __name__ == "__main__":
+    main()

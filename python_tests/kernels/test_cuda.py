@@ -1,0 +1,94 @@
+"""The cuda backend's refusals and doors, on machines without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, build
+
+from idcore import id_attention
+from idcore.backends import cuda
+from idcore.backends.call import Call
+from idcore.errors import NoBackendError
+
+CALL = Call("cuda", torch.float16, 2, 10, 4096, 77, 64, (32,), "add", False, False, False, False, True)
+
+
+def reasons(**changes) -> str:
+    import dataclasses
+
+    return "; ".join(cuda.why_not(dataclasses.replace(CALL, **changes)))
+
+
+def test_each_refusal_names_what_was_wanted_and_what_came():
+    assert "dtype=float32 (bfloat16 or float16" in reasons(dtype=torch.float32)
+    assert "head_dim=48 (one of 40, 64, 80, 128, 160)" in reasons(head_dim=48)
+    assert "17 identities (at most 16)" in reasons(li=(4,) * 17)
+    assert "head dim of q, k or v is not contiguous" in reasons(dense_last_dim=False)
+    assert "gradients are recorded" in reasons(needs_grad=True)
+    assert "device=cpu (runs on cuda)" in reasons(device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_the_error_says_so():
+    q = torch.zeros(1, 1, 2, 64, dtype=torch.float16)
+    with pytest.raises(NoBackendError, match=r"device=cpu \(runs on cuda\)"):
+        id_attention(q, q, q, backend="cuda")
+    assert "no usable CUDA device" in reasons()
+
+
+def module():
+    m = cuda._load()[0]
+    if m is None:
+        pytest.skip(cuda._load()[1])
+    return m
+
+
+def test_scratch_memory_is_sized_by_the_call():
+    m = module()
+
+    def size(**changes) -> int:
+        a, _ = build(Case(dtype=torch.float16, **changes))
+        return m.id_attention_cuda_workspace(*cuda.call_tuples(a, torch.empty_like(a.q))[0])
+
+    b, h, lq, d = 2, 2, 33, 64
+    assert size() == 0
+    assert size(merge="ortho") >= 2 * b * h * lq * d + 4 * 2 * b * h * d
+    assert size(merge="ortho_v2") >= size(merge="ortho") + 4 * b * h * lq
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_launch_without_a_driver_raises_the_runtime_s_text():
+    m = module()
+    a, _ = build(Case(dtype=torch.float16))
+    with pytest.raises(RuntimeError, match="CUDA error (35|100): "):
+        m.id_attention_cuda(*cuda.call_tuples(a, torch.empty_like(a.q))[0], 0, 0)
+
+
+def test_importing_the_backend_needs_no_driver():
+    code = "import idcore.backends.cuda as c; c.why_not"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("merge", ["add", "ortho", "ortho_v2"])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 160])
+def test_on_a_gpu_the_same_rule_and_the_same_bits_every_time(backend, merge, head_dim):
+    from cases import check_forward
+
+    case = Case(dtype=torch.float16, merge=merge, d=head_dim, lq=1025, li=(5, 32), rows=(1, 2), scale=(0.7, -0.4), mask=True)
+    a, truth = build(case)
+    on_gpu = [t.cuda() for t in (a.q, a.k_text, a.v_text)]
+    ids = [[t.cuda() for t in side] for side in (a.k_id, a.v_id)]
+    results = [
+        id_attention(*on_gpu, *ids, id_scale=(0.7, -0.4), id_mask=a.mask.cuda(), merge=merge, num_zero=8, backend=backend)
+        for _ in range(20)
+    ]
+    check_forward(case, results[0].cpu(), a, truth)
+    assert all(torch.equal(results[0], r) for r in results[1:])

@@ -1,0 +1,109 @@
+"""What the compilers make of the kernels, read without a GPU: registers, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR = {80: "HMMA.16816", 90: ("HGMMA", "HMMA.16816"), 100: ("UTCHMMA", "HMMA.16816")}
+
+
+def build_ahead(*jobs: str) -> list[dict]:
+    """Kernels of jobs "dtype,head dim,merge,capability[,forward]", built in another process (never interpreted)."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("build_ahead.py")), *jobs]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=3000)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(kernels: list[dict]) -> None:
+    for k in kernels:
+        assert k["spills"] == 0, k
+        assert k["registers"] <= 255, k
+        assert k["shared"] <= SHARED_LIMIT[k["capability"]], k
+        if k["name"] != "merge_kernel" and k["dtype"] != "float32":
+            assert any(i.startswith(TENSOR[k["capability"]]) for i in k["instructions"]), k
+
+
+def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
+    kernels = build_ahead("float16,64,ortho_v2,80", "bfloat16,64,ortho_v2,90", "float16,64,ortho_v2,100",
+                          "float16,64,add,90,forward")  # fmt: skip
+    names = {k["name"] for k in kernels}
+    assert names == {"forward_kernel", "merge_kernel", "coupling_kernel", "rows_kernel", "keys_kernel"}
+    check(kernels)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_triton_kernels_of_every_head_dim(dtype, capability):
+    for head_dim in (40, 64, 80, 128) if dtype == "float32" else (40, 64, 80, 128, 160):
+        check(build_ahead(*(f"{dtype},{head_dim},{merge},{capability}" for merge in ("add", "ortho", "ortho_v2"))))
+
+
+@functools.cache
+def cuda_binary(folder: Path) -> Path:
+    """The compiled module where it holds CUDA code, else the commonest kernels compiled now."""
+    try:
+        from idcore import _C
+
+        if hasattr(_C, "id_attention_cuda"):
+            return Path(_C.__file__)
+    except ImportError:
+        pass
+    if shutil.which("nvcc") is None:
+        pytest.skip("idcore was built without CUDA and there is no nvcc")
+    path = folder / "small.o"
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode", "arch=compute_80,code=sm_80", "-c",
+               str(ROOT / "csrc/cuda/id_attention_small.cu"), "-o", str(path)]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def cuobjdump(*arguments: str) -> str:
+    return subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory) -> Path:
+    return cuda_binary(tmp_path_factory.mktemp("cuda"))
+
+
+def test_cuda_kernels_keep_everything_in_registers(binary):
+    text = cuobjdump("-res-usage", str(binary))
+    rows = re.findall(r"Function (\S*(?:attend|merge)_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert len(rows) >= 12, text[:2000]
+    for name, registers, stack, local in rows:
+        assert (stack, local) == ("0", "0"), f"{name} spills: stack {stack}, local {local}"
+        # two blocks a multiprocessor where head dim is at most 64: 65536 / (2 * 256) or / (2 * 192)
+        if re.search(r"ELi(40|64)ELb0", name):
+            assert int(registers) <= 128, (name, registers)
+        elif re.search(r"ELi(40|64)ELb1", name):
+            assert int(registers) <= 168, (name, registers)
+
+
+def test_cuda_kernels_use_tensor_cores_and_copies_in_the_background(binary):
+    archs = set(re.findall(r"sm_(\d+a?)", cuobjdump("-lelf", str(binary))))
+    assert "80" in archs
+    sass = cuobjdump("-arch", "sm_80", "-sass", str(binary))
+    bodies = re.findall(r"Function : (\S*attend_kernel\S*)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL)
+    assert len(bodies) >= 6
+    for name, body in bodies:
+        kind = "HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32 "
+        for wanted in (kind, "LDGSTS.E.BYPASS", "LDSM.16.M88.4", "LDSM.16.MT88.4"):
+            assert wanted in body, f"{name} has no {wanted}"
+        assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"
