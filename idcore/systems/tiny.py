@@ -96,7 +96,8 @@ class IdentityEncoder(nn.Module):
     def forward(self, feats: list[Tensor], embedding: Tensor) -> Tensor:
         """feats: feat0..feat2 of the wide chip; embedding [N, 128] of the tight chip."""
         fine = F.pixel_unshuffle(self._place(0, feats[0]), 2)
-        x = self.blocks(self.inp(torch.cat([fine, self._place(1, feats[1]), self._place(2, feats[2])], 1)))
+        x = torch.cat([fine, self._place(1, feats[1]), self._place(2, feats[2])], 1)
+        x = self.blocks(self.inp(x.contiguous(memory_format=torch.channels_last)))
         spatial = self.out(F.pixel_unshuffle(F.silu(x), 2)).flatten(2).transpose(1, 2)
         globals_ = self.globals(embedding * 8).unflatten(1, (NUM_GLOBAL, self.width))  # * 8: about unit deviation
         return torch.cat([globals_, spatial], 1)

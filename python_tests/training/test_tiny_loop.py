@@ -15,6 +15,12 @@ from idcore.training.tiny.pool import make_pool
 SMALL = TinyConfig(channels=(32, 32, 32), width=32, text_layers=1)
 
 
+@pytest.fixture(autouse=True)
+def _few_batches(monkeypatch):
+    fit = Trainer.fit_feature_scale
+    monkeypatch.setattr(Trainer, "fit_feature_scale", lambda self, batches=1: fit(self, batches))
+
+
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
@@ -23,15 +29,8 @@ def pool(tmp_path_factory):
 
 
 def config(pool, out, **changes):
-    values = {
-        "iterations": 4,
-        "batch": 2,
-        "save_every": 2,
-        "log_every": 2,
-        "warmup": 1,
-        "recogniser_from": 1,
-        "bf16": False,
-    }
+    values = {"iterations": 4, "batch": 2, "save_every": 2, "log_every": 2, "warmup": 1, "recogniser_from": 1}
+    values |= {"bf16": False, "textures": 8}
     return TrainConfig(str(out), str(pool), model=SMALL, **{**values, **changes})
 
 

@@ -49,6 +49,7 @@ class TrainConfig:
     recogniser_share: float = 0.34
     init: str | None = None
     model: TinyConfig | None = None
+    textures: int = 1024
     stop_at: int | None = None
 
     def check(self) -> None:
@@ -75,8 +76,8 @@ class Trainer:
         c = config
         torch.set_num_threads(c.threads)
         torch.manual_seed(c.seed)
-        self.data = TinyData(Path(c.pool), c.seed)
-        self.model = TinyModel(c.model).to(memory_format=torch.channels_last).train()
+        self.data = TinyData(Path(c.pool), c.seed, c.textures)
+        self.model = TinyModel(c.model).train()
         self.recogniser = DlibRecogniser().to(memory_format=torch.channels_last)
         self.recogniser_loss = RecogniserLoss(self.recogniser)
         self.optimiser = torch.optim.AdamW(
@@ -122,9 +123,10 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
             with torch.no_grad():
                 wide, tight = chips_of(batch.ref)
-                feats = early_features(self.recogniser, wide)
+                with torch.autocast("cpu", enabled=False):  # bfloat16 would cost the features their fine detail
+                    feats = early_features(self.recogniser, wide)
                 embedding = self.recogniser(tight.contiguous(memory_format=torch.channels_last)).embedding
-            tokens = self.model.system.encoder([f.float() for f in feats], embedding.float())
+            tokens = self.model.system.encoder(feats, embedding.float())
             look, refined = self.model.reference(tokens)
             text, pooled = self.model.text(self.model.tokenizer(prompts))
             set_identity(self.processors, self.model.system, tokens, keep)
@@ -158,7 +160,7 @@ class Trainer:
         total = sum(terms.values())
         if not torch.isfinite(total):
             raise IdcoreError(
-                f"training stopped: the loss is {float(total)} at iteration {self.step}. The last checkpoint in "
+                f"training stopped: the loss is {total.item()} at iteration {self.step}. The last checkpoint in "
                 f"{c.out} is intact; resume from it with a lower lr (now {c.lr})"
             )
         self.optimiser.zero_grad(set_to_none=True)

@@ -42,5 +42,7 @@ def average_gradients(parameters: list[Tensor], workers: int) -> None:
     start = 0
     for p, g in zip(parameters, grads):
         n = g.numel()
-        p.grad = flat[start : start + n].view(g.shape).to(memory_format=torch.preserve_format)
+        # Copied, so that the gradient keeps its parameter's memory order: fused optimisers rely on that.
+        g.copy_(flat[start : start + n].view(g.shape))
+        p.grad = g
         start += n
