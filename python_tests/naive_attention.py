@@ -1,6 +1,16 @@
 """A deliberately plain float64 computation of text + identity attention, for comparison."""
 
+import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models run faster on one thread; import this fixture where they are many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def attention(q, k, v, heads, scaled=True):

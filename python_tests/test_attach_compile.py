@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from naive_attention import one_thread  # noqa: F401
 from torch._dynamo.testing import CompileCounter
 
 import idcore

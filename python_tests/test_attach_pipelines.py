@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from naive_attention import naive_unet
+from naive_attention import naive_unet, one_thread  # noqa: F401
 
 import idcore
 from idcore.attention.sites import find_sites

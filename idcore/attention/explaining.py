@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..backends.call import Call
+from ..errors import InputError
 from ..ops import dispatch
 from .conditioning import Conditioning
 from .types import Site
@@ -62,7 +63,10 @@ def _rows(person: Any) -> str:
 
 
 def _guidance(c: Conditioning) -> str:
-    return f"batch parts now: {', '.join(c.rows())}"
+    try:
+        return f"batch parts now: {', '.join(c.rows())}"
+    except InputError:  # no call yet, or the pipeline is gone; the next forward says which
+        return "batch parts: told by the pipeline at each call"
 
 
 def _layer(unet: nn.Module, stack: Any, c: Conditioning, site: Site, reports: dict[str, list[int]]) -> str:

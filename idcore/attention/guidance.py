@@ -53,8 +53,14 @@ class _AskPipe:
         pipe = self.pipe()
         if pipe is None:
             raise InputError("attach: the pipeline that was attached is gone; attach to its UNet with cfg=...")
-        # Before the pipeline's first call its guidance state does not exist yet.
-        rows = HALVES[1] if getattr(pipe, "do_classifier_free_guidance", False) else HALVES[0]
+        # The pipeline's state begins with its first call: without it, something else runs the UNet.
+        guided = getattr(pipe, "do_classifier_free_guidance", None)
+        if guided is None:
+            raise InputError(
+                f"attach: the UNet runs outside of the {type(pipe).__name__} that was attached, so its guidance is not "
+                "known; attach to the pipeline that runs, or give cfg=True, False or the order of the batch's parts"
+            )
+        rows = HALVES[1] if guided else HALVES[0]
         if self.has_pag and getattr(pipe, "do_perturbed_attention_guidance", False):
             rows = (*rows, "cond")
         return rows

@@ -57,11 +57,11 @@ class KvBank:
         self.system = system
         self.people = tuple(people)
         self.sites = {site.name: site for site in sites}
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[str, dict[Any, Any]] = {}
         self._versions_seen: tuple[tuple[int, bool], ...] = ()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(len(layer) for layer in self._kept.values())
 
     def forget(self) -> None:
         """Drop all keys and values."""
@@ -85,32 +85,40 @@ class KvBank:
     def pairs(self, name: str, rows: tuple[str, ...], like: Tensor) -> tuple[Pair, ...]:
         """Keys and values of every identity at a layer for these batch parts. n times ([R, H, L, D] twice)"""
         kept = self._kept
-        key = (name, rows, like.dtype, like.device)
-        entry = kept.get(key)
-        if entry is not None and (entry[0] or not torch.is_grad_enabled()):
-            return entry[1]
-        people = self.people
-        whole = self._projected(name, like, kept)
-        pairs = tuple(_parts(pair, person, rows) for pair, person in zip(whole, people, strict=True))
-        self._keep(kept, key, pairs)
+        found = self._find(kept, name, rows, like)
+        if found is not None:
+            return found
+        whole = self._projected(kept, name, like)
+        pairs = tuple(_parts(pair, person, rows) for pair, person in zip(whole, self.people, strict=True))
+        self._keep(kept, name, rows, pairs)
         return pairs
 
-    def _projected(self, name: str, like: Tensor, kept: dict[Any, Any]) -> tuple[Pair, ...]:
+    def _projected(self, kept: dict[str, dict[Any, Any]], name: str, like: Tensor) -> tuple[Pair, ...]:
         """Keys and values of every identity for [uncond, cond], or for cond alone where there is no uncond."""
-        key = (name, like.dtype, like.device)
-        entry = kept.get(key)
-        if entry is not None and (entry[0] or not torch.is_grad_enabled()):
-            return entry[1]
-        with normal_mode():
-            pairs = tuple(self._project(name, person, like) for person in self.people)
-        self._keep(kept, key, pairs)
+        pairs = self._find(kept, name, None, like)
+        if pairs is None:
+            with normal_mode():
+                pairs = tuple(self._project(name, person, like) for person in self.people)
+            self._keep(kept, name, None, pairs)
         return pairs
 
-    def _keep(self, kept: dict[Any, Any], key: Any, pairs: tuple[Pair, ...]) -> None:
-        """Store a result unless it belongs to one autograd graph; mark whether calls with gradients may use it."""
+    def _find(self, kept: dict[str, dict[Any, Any]], name: str, rows: Any, like: Tensor) -> tuple[Pair, ...] | None:
+        entry = kept.get(name, {}).get((rows, like.dtype, like.device))
+        if entry is None or (torch.is_grad_enabled() and not entry[0]):
+            return None
+        return entry[1]
+
+    def _keep(self, kept: dict[str, dict[Any, Any]], name: str, rows: Any, pairs: tuple[Pair, ...]) -> None:
+        """Store a result unless it belongs to one autograd graph; mark whether calls with gradients may use it.
+
+        A layer keeps one dtype and device: those of the last call.
+        """
         if torch.compiler.is_compiling() or any(k.requires_grad or v.requires_grad for k, v in pairs):
             return
-        kept[key] = (torch.is_grad_enabled() or not self._trainable(), pairs)
+        dtype, device = pairs[0][0].dtype, pairs[0][0].device
+        layer = {key: entry for key, entry in kept.get(name, {}).items() if key[1:] == (dtype, device)}
+        layer[rows, dtype, device] = (torch.is_grad_enabled() or not self._trainable(), pairs)
+        kept[name] = layer
 
     def _trainable(self) -> bool:
         if any(p.tokens.requires_grad for p in self.people):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers.models import attention_processor as ap
-from naive_attention import NaiveProcessor, naive_unet
+from naive_attention import NaiveProcessor, naive_unet, one_thread  # noqa: F401
 from torch import nn
 
 from idcore.attach import attach
