@@ -1,9 +1,9 @@
 // The names of warp.cuh on the host, so that the kernels' index arithmetic can be tested without a GPU.
 //
-// Every CUDA thread is a fiber. A fiber runs until it must wait for its warp or its block; which one goes on next is
-// drawn from a seeded generator, so a missing barrier shows as a result that depends on the seed. Background copies
-// are made only when they are waited for, shared memory starts as NaN, and addresses in it are checked.
-// Fragment layouts follow the PTX manual (mma.m16n8k16, ldmatrix). For tests only.
+// Every CUDA thread is a fiber. A fiber runs until it must wait for its warp or its block; which one goes on
+// next is drawn from a seeded generator, so a missing barrier shows as a result that depends on the seed.
+// Background copies are made only when they are waited for, shared memory starts as NaN, and addresses in it
+// are checked. Fragment layouts follow the PTX manual (mma.m16n8k16, ldmatrix). For tests only.
 #pragma once
 
 #include <immintrin.h>
@@ -144,7 +144,8 @@ inline void check_shared(const void* p, size_t bytes) {
 }
 
 // Runs a kernel body over a grid.
-inline void launch(int x, int y, int z, int threads, int64_t shared_bytes, uint32_t seed, std::function<void()> body) {
+inline void launch(int x, int y, int z, int threads, int64_t shared_bytes, uint32_t seed,
+                   std::function<void()> body) {
   Machine& machine = m();
   machine.threads.resize(threads);
   machine.warps.resize(threads / 32);
@@ -223,7 +224,8 @@ inline float exchange_xor(float v, int lanes) {
 
 inline void copy16_async(void* shared, const void* global, bool valid) {
   emulated::check_shared(shared, 16);
-  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::runtime_error("misaligned copy from global memory");
+  if (reinterpret_cast<uintptr_t>(global) % 16)
+    throw std::runtime_error("misaligned copy from global memory");
   emulated::me().open.push_back({shared, global, valid});
 }
 inline void commit_copies() {
@@ -246,7 +248,9 @@ void wait_copies() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) { emulated::gather_matrices(r, row, false); }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulated::gather_matrices(r, row, true); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulated::gather_matrices(r, row, true);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 
 struct Half {

@@ -2,6 +2,7 @@
 #include "cuda/id_attention_fwd.h"
 
 #include "cuda/id_attention_launch.cuh"
+#include "cuda/id_attention_merge.cuh"
 
 namespace idcore {
 namespace cuda {
@@ -24,12 +25,18 @@ int multiprocessors() {
 
 cudaError_t launch_first(const Task& task, const Sizes& s, cudaStream_t stream) {
   switch (task.p.head_dim) {
-    case 40: return launch_attend_40(task, s, stream);
-    case 64: return launch_attend_64(task, s, stream);
-    case 80: return launch_attend_80(task, s, stream);
-    case 128: return launch_attend_128(task, s, stream);
-    case 160: return launch_attend_160(task, s, stream);
-    default: return cudaErrorInvalidValue;
+    case 40:
+      return launch_attend_40(task, s, stream);
+    case 64:
+      return launch_attend_64(task, s, stream);
+    case 80:
+      return launch_attend_80(task, s, stream);
+    case 128:
+      return launch_attend_128(task, s, stream);
+    case 160:
+      return launch_attend_160(task, s, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -58,7 +65,9 @@ const char* id_attention_refusal(const IdAttentionParams& p) {
   return nullptr;
 }
 
-int64_t id_attention_workspace(const IdAttentionParams& p) { return sizes_of(p, 0, multiprocessors()).total(); }
+int64_t id_attention_workspace(const IdAttentionParams& p) {
+  return sizes_of(p, 0, multiprocessors()).total();
+}
 
 int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream) {
   if (id_attention_refusal(p)) return cudaErrorInvalidValue;

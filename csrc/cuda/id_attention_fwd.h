@@ -12,9 +12,9 @@ const char* id_attention_refusal(const IdAttentionParams& p);
 // Bytes of scratch memory, a multiple of 256; 0 for "add".
 int64_t id_attention_workspace(const IdAttentionParams& p);
 
-// Enqueues the kernels on `stream` (a cudaStream_t) of the current device; allocates nothing, waits for nothing, and may be
-// captured in a CUDA graph. `workspace`: id_attention_workspace(p) bytes on the device, aligned to 256, not used by
-// another stream meanwhile. Returns 0, or a cudaError_t.
+// Enqueues the kernels on `stream` (a cudaStream_t) of the current device; allocates nothing, waits for
+// nothing, and may be captured in a CUDA graph. `workspace`: id_attention_workspace(p) bytes on the device,
+// aligned to 256, not used by another stream meanwhile. Returns 0, or a cudaError_t.
 int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream);
 
 // Text of a cudaError_t.

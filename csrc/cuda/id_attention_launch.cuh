@@ -1,9 +1,10 @@
-// Launches attend_kernel for one head dim. One .cu per group of head dims includes this, so that they build in parallel.
+// Launches attend_kernel for one head dim. One .cu per group of head dims includes this, so that they build
+// in parallel.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/id_attention_kernels.cuh"
+#include "cuda/id_attention_attend.cuh"
 #include "cuda/id_attention_plan.h"
 
 namespace idcore {

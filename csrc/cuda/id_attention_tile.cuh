@@ -1,8 +1,8 @@
 // One warp's share of the attention: 16 image rows against blocks of keys that lie in shared memory.
 #pragma once
 
-#include "id_attention.h"
 #include "cuda/warp.cuh"
+#include "id_attention.h"
 
 namespace idcore {
 namespace cuda {
@@ -19,7 +19,7 @@ struct Geometry {
   static constexpr int kKeys = 32;
   static constexpr int kPairs = kKeys / 16;
   static constexpr int kStageElements = 2 * kKeys * kPitch;
-  static constexpr int kRowElements = kWarpRows * kPitch;  // of a warp: q, then h, then the result
+  static constexpr int kRowElements = kWarpRows * kPitch;    // of a warp: q, then h, then the result
   static constexpr int kSpareFloats = kWarpRows * kHeadDim;  // of a warp: the running result
 
   static constexpr int64_t shared_bytes(int warps) {
@@ -60,8 +60,8 @@ IDCORE_DEVICE float unscaled(float difference, float p, float root) {
 
 // Rows first .. first + rows of a [L, D] matrix into shared memory, zeros past `count` and past D.
 template <int kHeadDim>
-IDCORE_DEVICE void load_rows(uint16_t* shared, const uint16_t* matrix, int64_t stride, int first, int count, int rows,
-                             bool aligned) {
+IDCORE_DEVICE void load_rows(uint16_t* shared, const uint16_t* matrix, int64_t stride, int first, int count,
+                             int rows, bool aligned) {
   using G = Geometry<kHeadDim>;
   constexpr int kVectors = G::kDepth / 8;
   for (int v = thread_index(); v < rows * kVectors; v += thread_count()) {
@@ -120,14 +120,16 @@ IDCORE_DEVICE void score(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
 
 // Turns logits into weights exp2(x - top), keeps the sums, and scales what was accumulated so far.
 template <int kHeadDim, bool kShare>
-IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], float (&acc)[Geometry<kHeadDim>::kTiles][4],
-                         RowState& state, int first_tokens, float root, int lane) {
+IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
+                         float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, int first_tokens,
+                         float root, int lane) {
   using G = Geometry<kHeadDim>;
   IDCORE_UNROLL
   for (int half = 0; half < 2; ++half) {
     float top = state.top[half];
     IDCORE_UNROLL
-    for (int tile = 0; tile < 2 * G::kPairs; ++tile) top = max2(top, max2(s[tile][2 * half], s[tile][2 * half + 1]));
+    for (int tile = 0; tile < 2 * G::kPairs; ++tile)
+      top = max2(top, max2(s[tile][2 * half], s[tile][2 * half + 1]));
     top = row_max(top);
     const float base = top == -INFINITY ? 0.f : top;
     const float old = exp2_fast(state.top[half] - base);
@@ -165,15 +167,15 @@ IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], float (&
 // acc += weights times values.
 template <class T, int kHeadDim>
 IDCORE_DEVICE void apply(float (&acc)[Geometry<kHeadDim>::kTiles][4],
-                         const float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const uint16_t* values, int count,
-                         int lane) {
+                         const float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const uint16_t* values,
+                         int count, int lane) {
   using G = Geometry<kHeadDim>;
   const uint16_t* at = values + (lane & 15) * G::kPitch + (lane >> 4) * 8;
   IDCORE_UNROLL
   for (int pair = 0; pair < G::kPairs; ++pair) {
     if (pair * 16 >= count) continue;
-    const float(&left)[4] = s[2 * pair];
-    const float(&right)[4] = s[2 * pair + 1];
+    const float (&left)[4] = s[2 * pair];
+    const float (&right)[4] = s[2 * pair + 1];
     const uint32_t p[4] = {T::pack(left[0], left[1]), T::pack(left[2], left[3]), T::pack(right[0], right[1]),
                            T::pack(right[2], right[3])};
     IDCORE_UNROLL
@@ -204,8 +206,8 @@ struct alignas(16) Vector16 {
 
 // The warp's staged rows to memory, 16 bytes a lane where addresses allow.
 template <int kHeadDim>
-IDCORE_DEVICE void write_rows(uint16_t* matrix, int64_t stride, const uint16_t* rows, int first, int count, bool aligned,
-                              int lane) {
+IDCORE_DEVICE void write_rows(uint16_t* matrix, int64_t stride, const uint16_t* rows, int first, int count,
+                              bool aligned, int lane) {
   using G = Geometry<kHeadDim>;
   constexpr int kVectors = kHeadDim / 8;
   for (int v = lane; v < kWarpRows * kVectors; v += 32) {

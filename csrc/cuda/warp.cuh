@@ -1,4 +1,5 @@
-// Warp-level building blocks: asynchronous copies into shared memory, matrix fragments, exchange between lanes.
+// Warp-level building blocks: asynchronous copies into shared memory, matrix fragments, exchange between
+// lanes.
 //
 // The kernels use nothing of CUDA beside these names, so that a host compiler can run them too: with
 // IDCORE_EMULATE, emulate.h gives every name a meaning on the CPU, fragment layouts included.
@@ -24,7 +25,9 @@ __device__ __forceinline__ int block_z() { return blockIdx.z; }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-__device__ __forceinline__ float exchange_xor(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+__device__ __forceinline__ float exchange_xor(float v, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, v, lanes);
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -79,9 +82,11 @@ struct Half {
     return f;
   }
   // c += a b for a 16x16, b 16x8.
-  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                  uint32_t b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -96,9 +101,11 @@ struct BFloat16 {
   static __device__ __forceinline__ float low(uint32_t w) { return __uint_as_float(w << 16); }
   static __device__ __forceinline__ float high(uint32_t w) { return __uint_as_float(w & 0xffff0000u); }
   static __device__ __forceinline__ float one(uint16_t bits) { return low(bits); }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                  uint32_t b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }

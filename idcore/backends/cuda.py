@@ -1,6 +1,7 @@
 """`id_attention` by the compiled CUDA kernels (csrc/cuda): forward for inference in float16 and bfloat16.
 
-One launch for "add", two for "ortho" and "ortho_v2". Nothing is allocated by the kernels and nothing waits, so a call
+One launch for "add", two for "ortho" and "ortho_v2". Nothing is allocated by the kernels and nothing waits,
+so a call
 may be captured in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive).
 """
 
@@ -32,7 +33,8 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as e:
         return None, f"the compiled module idcore._C cannot be loaded ({e}); build it with `pip install -e .`"
     if not hasattr(_C, "id_attention_cuda"):
-        return None, "built without CUDA; put nvcc on the PATH and build again with IDCORE_CUDA=ON pip install -e ."
+        return None,
+        "built without CUDA; put nvcc on the PATH and build again with IDCORE_CUDA=ON pip install -e ."
     return _C, ""
 
 
@@ -56,9 +58,8 @@ def why_not(call: Call) -> list[str]:
     if _load()[0] is None:
         reasons.append(_load()[1])
     if call.dtype not in DTYPES:
-        reasons.append(
-            f"dtype={str(call.dtype).removeprefix('torch.')} (bfloat16 or float16: the kernels use 16-bit tensor cores)"
-        )
+        dtype = str(call.dtype).removeprefix("torch.")
+        reasons.append(f"dtype={dtype} (bfloat16 or float16: the kernels use 16-bit tensor cores)")
     if call.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim={call.head_dim} (one of {', '.join(map(str, HEAD_DIMS))})")
     if len(call.li) > MAX_IDENTITIES:

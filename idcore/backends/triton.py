@@ -1,4 +1,6 @@
-"""`id_attention` in Triton: forward and backward on NVIDIA GPUs (sm_80 or newer); on the CPU under TRITON_INTERPRET=1.
+"""`id_attention` in Triton: forward and backward on NVIDIA GPUs, sm_80 or newer.
+
+On the CPU it runs under TRITON_INTERPRET=1, for tests.
 
 Triton and the kernels are imported by the first call, never by importing this module.
 """
@@ -20,7 +22,8 @@ from .call import Args, Call
 NAME = "triton"
 DIFFERENTIABLE = False
 
-MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # float32 tiles above would spill
+# float32 tiles above would spill
+MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 MIN_VERSION = (3, 3)  # kernel arguments that are tuples
 
 
@@ -57,7 +60,9 @@ def why_not(call: Call) -> list[str]:
     """Reasons against running the call here."""
     reasons = list(_installation())
     if call.device == "cpu" and not interpreted():
-        reasons.append("tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)")
+        reasons.append(
+            "tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)"
+        )
     elif call.device not in ("cpu", "cuda"):
         reasons.append(f"device={call.device} (needs cuda)")
     if call.device == "cuda":
@@ -85,7 +90,7 @@ def forward(a: Args, out: Tensor | None = None) -> Tensor:
 
 
 def forward_stats(a: Args, out: Tensor | None = None):
-    """`forward`, and the float32 row statistics (`idcore.kernels.launch.Stats`) that spare `backward` their recomputation."""
+    """`forward`, and the float32 statistics (`idcore.kernels.launch.Stats`) that spare `backward` a pass."""
     return _launch().forward_stats(a, out)
 
 

@@ -1,7 +1,7 @@
 """Compile the kernels for a GPU generation on a machine without a GPU, and read what came out.
 
-The real launch code runs on CPU tensors and Triton's own argument binder specialises its arguments; only the launch
-itself is left out. So what is compiled here is what a GPU would run for the same call.
+The real launch code runs on CPU tensors and Triton's own argument binder specialises its arguments; only the
+launch itself is left out. So what is compiled here is what a GPU would run for the same call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -56,7 +57,9 @@ class Built:
 
 @contextlib.contextmanager
 def recording(capability: int) -> Iterator[list]:
-    """Inside, launches compile for `capability` (80, 90, 100, ...) and append Triton's kernel objects to the list."""
+    """Launches inside compile for `capability` (80, 90, 100, ...); the list receives Triton's kernel
+    objects.
+    """
     kernels: list = []
 
     def compile_only(kernel, grid, arguments) -> None:
@@ -89,7 +92,9 @@ def read(kernel, capability: int) -> Built:
         sass = _run(str(tool.with_name("cuobjdump")), "-sass", str(cubin))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return Built(
-        name=kernel.metadata.name, capability=capability, warps=kernel.metadata.num_warps, shared=kernel.metadata.shared,
+        name=kernel.metadata.name, capability=capability, warps=kernel.metadata.num_warps,
+        shared=kernel.metadata.shared,
         registers=int(re.search(r"Used (\d+) registers", log)[1]), spills=spilled,
-        instructions=set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass, re.MULTILINE)),
+        instructions=set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass,
+                                    re.MULTILINE)),
     )  # fmt: skip

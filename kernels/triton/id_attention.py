@@ -1,10 +1,12 @@
 """Forward of `id_attention`: one pass for "add", a second, elementwise pass for "ortho" and "ortho_v2".
 
-The per-channel ratio alpha of ortho needs sums over all image tokens, hence the second pass. The first one stores
-X = h + sum_j s_j w_j i_j in the output, h beside it, per-tile sums of w h i and w h h (summed in a fixed order later, so that
-the result is the same in every run), and for ortho_v2 each head's share of the first tokens.
+The per-channel ratio alpha of ortho needs sums over all image tokens, hence the second pass. The first
+one stores X = h + sum_j s_j w_j i_j in the output, h beside it, per-tile sums of w h i and w h h (summed in a
+fixed order later, so that the result is the same in every run), and for ortho_v2 each head's share of the
+first tokens.
 
-Letters as in `idcore.ops.id_attention`; n identities come as tuples of pointers, so nothing is copied or padded.
+Letters as in `idcore.ops.id_attention`; n identities come as tuples of pointers, so nothing
+is copied or padded.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import attend, channel_vector, identity_scale, identity_weight, load_tile, store_tile
+from .tiles import attend, identity_scale, identity_weight, load_tile, store_tile
 
 ADD, ORTHO, ORTHO_V2 = 0, 1, 2
 
 
 @triton.jit
-def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D: tl.constexpr, BD: tl.constexpr):
+def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D: tl.constexpr,
+               BD: tl.constexpr):
     """This tile's sum over rows of w h i and w h h, into PART [tiles, N, 2, B*H, D]."""
     cols = tl.arange(0, BD)
     wh = h * w[:, None]
@@ -31,7 +34,8 @@ def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D
 def forward_kernel(
     Q, KT, VT, KI, VI, BIAS, SCALE, MASK, OUT, HT, SHARE, PART, LSE_T, LSE_I, LSE_U,
     sq, skt, svt, ski, svi, sbias, sscale, smask, so, sh, DIVT, DIVI, LQ, LT, LI, NZ, NG,
-    N: tl.constexpr, MERGE: tl.constexpr, TT: tl.constexpr, TI: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, TT: tl.constexpr, TI: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(LQ / BM), H, B). OUT None: only what backward needs (sums, shares, row statistics)."""
@@ -45,7 +49,8 @@ def forward_kernel(
     if BIAS is not None:
         bias = BIAS + b * sbias[0] + head * sbias[1] + tl.where(inside, rows, 0) * sbias[2]
         s_bias = sbias[3]
-    h, lse, _, _ = attend(q, KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1],
+    h, lse, _, _ = attend(q, KT + b // DIVT[0] * skt[0] + head * skt[1],
+                          VT + b // DIVT[1] * svt[0] + head * svt[1],
                           skt, svt, LT, bias, s_bias, 0, 0, TT, D, BD, BM, ROOT, False, UPCAST)  # fmt: skip
     if LSE_T is not None:
         tl.store(LSE_T + bh * LQ + rows, lse, mask=inside)
@@ -74,7 +79,8 @@ def forward_kernel(
 
 
 @triton.jit
-def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
+def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constexpr, BD: tl.constexpr,
+          BT: tl.constexpr):
     """alpha of identity j, [BD]: the tiles' sums added in a fixed order; 0 where the denominator is 0."""
     cols = tl.arange(0, BD)
     num = tl.zeros([BT, BD], tl.float32)
@@ -105,10 +111,11 @@ def mean_share(SHARE, j: tl.constexpr, b, rows, LQ, BH: tl.constexpr):
 @triton.jit
 def merge_kernel(
     OUT, HT, SHARE, PART, SCALE, MASK, so, sh, sscale, smask, LQ, tiles,
-    N: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BT: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(LQ / BM), H, B). OUT += sum_j s_j w_j beta_j alpha_j h, beta = -1 (ortho) or a - 1 (ortho_v2)."""
+    """Grid (ceil(LQ / BM), H, B). OUT += sum_j s_j w_j beta_j alpha_j h, beta = -1 or a - 1 (ortho_v2)."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh, n_bh = b * tl.num_programs(1) + head, tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -1,8 +1,9 @@
 """Backward of `id_attention`. Weights are recomputed from q, the keys and float32 row statistics.
 
-Three kernels: `coupling_kernel` (ortho, ortho_v2) sums over the image tokens what the ratio alpha and the share a pass on;
-`rows_kernel` walks image tokens and gives dq, dscale and the gradient of h; `keys_kernel` walks keys and gives dk, dv. The
-formulas are those of `idcore.backends.reference_bwd`. Sums are stored per tile and added afterwards in a fixed order.
+Three kernels: `coupling_kernel` (ortho, ortho_v2) sums over the image tokens what the ratio alpha and the
+share a pass on; `rows_kernel` walks image tokens and gives dq, dscale and the gradient of h; `keys_kernel`
+walks keys and gives dk, dv. The formulas are those of `idcore.backends.reference_bwd`. Sums are stored per
+tile and added afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ def beta_of(SHARE, j: tl.constexpr, b, rows, LQ, MERGE: tl.constexpr):
 def coupling_kernel(
     Q, KT, VT, BIAS, SCALE, MASK, G, HT, LSE_T, SHARE, ALPHA, PART, DSHARE,
     sq, skt, svt, sbias, sscale, smask, sg, DIVT, LQ, LT,
-    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr,
     ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, H, B). Stores h in HT, per tile sum_s s w beta g h (PART [tiles, n, B*H, D]), per head da (DSHARE)."""
+    """Grid (tiles, H, B). HT: h. PART [tiles, n, B*H, D]: sum_s s w beta g h of a tile. DSHARE: da per
+    head.
+    """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh, n_bh = b * tl.num_programs(1) + head, tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
     rows = pid * BM + tl.arange(0, BM)
@@ -62,8 +66,10 @@ def coupling_kernel(
         bias = bias_rows(BIAS, sbias, b, head, rows, LQ)
         s_bias = sbias[3]
     lse = row_values(LSE_T, bh * LQ + rows, inside)
-    h, _ = attend_known(q, KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1],
-                        skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False, UPCAST)  # fmt: skip
+    h, _ = attend_known(q, KT + b // DIVT[0] * skt[0] + head * skt[1],
+                        VT + b // DIVT[1] * svt[0] + head * svt[1],
+                        skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False,
+                        UPCAST)  # fmt: skip
     store_tile(HT + bh * LQ * D, h, rows, LQ, D, 1, D, BD)
     gh = load_tile(G + b * sg[0] + head * sg[1], rows, LQ, sg[2], sg[3], D, BD, True) * h
     cols = tl.arange(0, BD)
@@ -103,7 +109,8 @@ def dq_step(q, d_out, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, delta, 
 
 
 @triton.jit
-def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq, BLOCK: tl.constexpr,
+def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, got, da, dq,
+           BLOCK: tl.constexpr,
            D: tl.constexpr, BD: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
            UPCAST: tl.constexpr):  # fmt: skip
     """dq plus one attention's part; d_out is the gradient of its result."""
@@ -115,7 +122,8 @@ def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, g
 
 
 @triton.jit
-def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr, D: tl.constexpr,
+                   BD: tl.constexpr):
     """Gradient of i, of h (added to dh), and the tile's part of dscale."""
     wg = g * w[:, None]
     di = wg * s
@@ -135,10 +143,11 @@ def rows_kernel(
     Q, KT, VT, KI, VI, BIAS, SCALE, MASK, G, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
     DELTA_T, DELTA_I, GOT, DSCALE,
     sq, skt, svt, ski, svi, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
-    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, H, B). DSHARE: da [n, B, LQ] of the share averaged over heads. Fills DQ, DH, the deltas, GOT, DSCALE."""
+    """Grid (tiles, H, B). DSHARE: da [n, B, LQ], of the share's mean. Fills DQ, DH, deltas, GOT, DSCALE."""
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     bh, n_bh = b * heads + head, heads * tl.num_programs(2).to(tl.int64)
@@ -153,7 +162,8 @@ def rows_kernel(
         s_bias = sbias[3]
     lse_t = row_values(LSE_T, bh * LQ + rows, inside)
     kt, vt = KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1]
-    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT, False, UPCAST)
+    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT,
+                        False, UPCAST)
     dh = g
     dq = tl.zeros([BM, BD], tl.float32)
     for j in tl.static_range(N):
@@ -166,7 +176,8 @@ def rows_kernel(
         if MERGE == 2:
             lse_u = row_values(LSE_U, at, inside)
             da = row_values(DSHARE, (j * tl.num_programs(2) + b) * LQ + rows, inside) / heads
-        i, got = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM, ROOT,
+        i, got = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM,
+                              ROOT,
                               MERGE == 2, UPCAST)  # fmt: skip
         s, w = identity_scale(SCALE, sscale, j, b), identity_weight(MASK, smask, j, b, rows, LQ)
         beta = w
@@ -178,21 +189,25 @@ def rows_kernel(
         tl.store(DELTA_I + at, delta, mask=inside)
         if MERGE == 2:
             tl.store(GOT + at, got, mask=inside)
-        dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, BI[j], D, BD,
+        dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, BI[j],
+                    D, BD,
                     ROOT, MERGE == 2, UPCAST)  # fmt: skip
     delta = tl.sum(dh * h, 1)
     tl.store(DELTA_T + bh * LQ + rows, delta, mask=inside)
     if MERGE > 0:
         store_tile(DH + bh * LQ * D, dh, rows, LQ, D, 1, D, BD)
-    dq = add_dq(q, dh, kt, vt, skt, svt, LT, bias, s_bias, 0, lse_t, delta, lse_t, delta, delta, dq, BT, D, BD, ROOT,
+    dq = add_dq(q, dh, kt, vt, skt, svt, LT, bias, s_bias, 0, lse_t, delta, lse_t, delta, delta, dq, BT, D,
+                BD, ROOT,
                 False, UPCAST)  # fmt: skip
     store_tile(DQ + b * sdq[0] + head * sdq[1], dq, rows, LQ, sdq[2], sdq[3], D, BD)
 
 
 @triton.jit
-def branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, j: tl.constexpr, b, head, heads, bh, n_bh, rows, LQ,
-                    IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Gradient of the attention's result at these rows: G itself for text, s w g + w h dnum for an identity."""
+def branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, j: tl.constexpr, b, head, heads, bh, n_bh,
+                    rows, LQ,
+                    IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr,
+                    BD: tl.constexpr):  # fmt: skip
+    """Gradient of the attention's result at these rows: G for text, s w g + w h dnum for an identity."""
     d_out = load_tile(G + b * sg[0] + head * sg[1], rows, LQ, sg[2], sg[3], D, BD, True)
     if IDENTITY:
         w = identity_weight(MASK, smask, j, b, rows, LQ)
@@ -207,10 +222,13 @@ def branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, j: tl.constexpr
 def keys_kernel(
     Q, K, V, BIAS, SCALE, MASK, G, HT, LSE, LSE_U, DNUM, DSHARE, DELTA, GOT, DK, DV,
     sq, sk, sv, sbias, sscale, smask, sg, DIVK, DIVV, heads, batch, LQ, count, NG, per_chunk,
-    J: tl.constexpr, IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    J: tl.constexpr, IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, chunks of image tokens, B*H). DK, DV: float32 [chunks, B, H, count, D], summed afterwards."""
+    """Grid (key blocks, chunks of image tokens, B*H). DK, DV: float32 [chunks, B, H, count, D], parts of
+    sums.
+    """
     bh = tl.program_id(2).to(tl.int64)
     b, head = bh // heads, bh % heads
     n_bh = tl.num_programs(2).to(tl.int64)
@@ -224,7 +242,8 @@ def keys_kernel(
         rows = start + tl.arange(0, BM)
         inside = rows < LQ
         q = load_tile(Q + b * sq[0] + head * sq[1], rows, LQ, sq[2], sq[3], D, BD, UPCAST)
-        d_out = branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, J, b, head, heads, bh, n_bh, rows, LQ,
+        d_out = branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, J, b, head, heads, bh, n_bh,
+                                rows, LQ,
                                 IDENTITY, MERGE, D, BD).to(q.dtype)  # fmt: skip
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * (1.4426950408889634 / ROOT)
         keep = cols[None, :] < count

@@ -7,8 +7,9 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+import triton
 
 from . import id_attention as kernels
 from . import tuning
@@ -69,7 +70,8 @@ class Plan:
         """Arguments that every kernel with q and the keys takes."""
         a = self.a
         wide = a.mask is not None and a.mask.shape[1] == 1
-        mask_strides = None if a.mask is None else (a.mask.stride(0), 0 if wide else a.mask.stride(1), a.mask.stride(2))
+        mask_strides = None if a.mask is None else (a.mask.stride(0), 0 if wide else a.mask.stride(1),
+                                                    a.mask.stride(2))
         from_tensor = isinstance(a.scale, Tensor)
         return dict(
             Q=a.q, KT=a.k_text, VT=a.v_text, KI=a.k_id or None, VI=a.v_id or None,
@@ -79,7 +81,8 @@ class Plan:
             sbias=self.bias_strides(), sscale=a.scale.stride() if from_tensor else None, smask=mask_strides,
             DIVT=(self.b // a.k_text.shape[0], self.b // a.v_text.shape[0]),
             DIVI=tuple(self.b // k.shape[0] for k in a.k_id) or None,
-            LQ=self.lq, LT=self.lt, LI=tuple(k.shape[2] for k in a.k_id) or None, NZ=a.num_zero, NG=a.num_global,
+            LQ=self.lq, LT=self.lt, LI=tuple(k.shape[2] for k in a.k_id) or None, NZ=a.num_zero,
+            NG=a.num_global,
             N=self.n, MERGE=self.merge, D=self.d, BD=self.bd, ROOT=float(self.d) ** 0.5, UPCAST=self.upcast,
         )  # fmt: skip
 
@@ -141,8 +144,10 @@ def _forward(p: Plan, out: Tensor | None, want_stats: bool) -> tuple[Tensor | No
     if p.a.q.numel():
         start(
             kernels.forward_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-            **p.common(), **p.key_tiles(t.keys), OUT=out, HT=ht, SHARE=share, PART=part, LSE_T=lse_t, LSE_I=lse_i,
-            LSE_U=lse_u, so=None if out is None else out.stride(), sh=None if ht is None else ht.stride(), BM=t.rows,
+            **p.common(), **p.key_tiles(t.keys), OUT=out, HT=ht, SHARE=share, PART=part, LSE_T=lse_t,
+            LSE_I=lse_i,
+            LSE_U=lse_u, so=None if out is None else out.stride(), sh=None if ht is None else ht.stride(),
+            BM=t.rows,
         )  # fmt: skip
         if two and out is not None:
             _merge(p, out, ht, share, part, tiles)
@@ -154,8 +159,10 @@ def _merge(p: Plan, out: Tensor, ht: Tensor, share: Tensor | None, part: Tensor,
     rows = tuning.INTERPRETED.rows if INTERPRETED else tuning.MERGE_ROWS
     start(
         kernels.merge_kernel, (triton.cdiv(p.lq, rows), p.h, p.b), dict(num_warps=4),
-        OUT=out, HT=ht, SHARE=share, PART=part, SCALE=c["SCALE"], MASK=c["MASK"], so=out.stride(), sh=ht.stride(),
-        sscale=c["sscale"], smask=c["smask"], LQ=p.lq, tiles=tiles, N=p.n, MERGE=p.merge, D=p.d, BD=p.bd, BM=rows,
+        OUT=out, HT=ht, SHARE=share, PART=part, SCALE=c["SCALE"], MASK=c["MASK"], so=out.stride(),
+        sh=ht.stride(),
+        sscale=c["sscale"], smask=c["smask"], LQ=p.lq, tiles=tiles, N=p.n, MERGE=p.merge, D=p.d, BD=p.bd,
+        BM=rows,
         BT=16, BH=4,
     )  # fmt: skip
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
+
+import triton
 
 from . import id_attention as fwd
 from . import id_attention_bwd as kernels
@@ -40,7 +41,8 @@ def backward(a, g: Tensor, stats: Stats | None = None, *, text_kv: bool = True, 
 def _nothing(p: Plan):
     a = p.a
     zeros = [torch.zeros_like(t) for t in (a.q, a.k_text, a.v_text)]
-    return *zeros, [torch.zeros_like(k) for k in a.k_id], [torch.zeros_like(v) for v in a.v_id], p.empty(p.n, p.b).zero_()
+    dk, dv = [torch.zeros_like(k) for k in a.k_id], [torch.zeros_like(v) for v in a.v_id]
+    return *zeros, dk, dv, p.empty(p.n, p.b).zero_()
 
 
 def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -48,13 +50,14 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
     t = p.tile("rows")
     tiles = triton.cdiv(p.lq, t.rows)
     c = p.common() | p.key_blocks(t.keys)
-    take = ("Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST").split()
+    take = "Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST"
     ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype)
     part = p.empty(tiles, p.n, p.b, p.h, p.d)
     dshare = p.empty(p.n, p.b, p.h, p.lq) if p.merge == fwd.ORTHO_V2 else None
     start(
         kernels.coupling_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-        **{k: c[k] for k in take}, G=g, HT=ht, LSE_T=s.lse_text, SHARE=s.share, ALPHA=s.alpha, PART=part,
+        **{k: c[k] for k in take.split()}, G=g, HT=ht, LSE_T=s.lse_text, SHARE=s.share, ALPHA=s.alpha,
+        PART=part,
         DSHARE=dshare, sg=g.stride(), BM=t.rows,
     )  # fmt: skip
     zero = s.den == 0
@@ -63,7 +66,7 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
 
 
 def _rows(p: Plan, g: Tensor, s: Stats, dnum: Tensor | None, dshare: Tensor | None):
-    """dq, the gradient of h (None for add, where it is g), delta of text and identities, shares per head, dscale [n, B]."""
+    """dq, gradient of h (None for add: it is g), deltas of text and identities, shares per head, dscale."""
     t = p.tile("rows")
     tiles = triton.cdiv(p.lq, t.rows)
     two, v2 = p.merge != fwd.ADD, p.merge == fwd.ORTHO_V2
@@ -103,14 +106,18 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tup
     c = p.common()
     v2 = j is not None and p.merge == fwd.ORTHO_V2
     text = dict(BIAS=c["BIAS"], SCALE=None, MASK=None, sbias=c["sbias"], sscale=None, smask=None)
-    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"], smask=c["smask"])
+    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"],
+                 smask=c["smask"])
     start(
         kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
         **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),
-        Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None, DSHARE=dshare[j] if v2 else None,
+        Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None,
+        DSHARE=dshare[j] if v2 else None,
         DELTA=delta, GOT=got[j] if v2 else None, DK=dk, DV=dv, sq=a.q.stride(), sk=k.stride(), sv=v.stride(),
-        sg=g.stride(), DIVK=p.b // k.shape[0], DIVV=p.b // v.shape[0], heads=p.h, batch=p.b, LQ=p.lq, count=count,
-        NG=a.num_global, per_chunk=per, J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd, BM=t.rows,
+        sg=g.stride(), DIVK=p.b // k.shape[0], DIVV=p.b // v.shape[0], heads=p.h, batch=p.b, LQ=p.lq,
+        count=count,
+        NG=a.num_global, per_chunk=per, J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd,
+        BM=t.rows,
         BN=block, ROOT=float(p.d) ** 0.5, UPCAST=p.upcast,
     )  # fmt: skip
     return _fold(dk, k), _fold(dv, v)

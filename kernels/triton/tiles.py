@@ -1,7 +1,8 @@
-"""Pieces shared by the attention kernels: masked loads, one softmax step, the weights recomputed from a row statistic.
+"""Pieces shared by the attention kernels: masked loads, a softmax step, weights from a known row statistic.
 
-Logits are kept in base 2: x = q.k * log2(e) / sqrt(D) (+ bias * log2(e)), so that exp2 gives the softmax. ROOT is sqrt(D).
-The unscaled softmax of ortho_v2 is the normalised power ROOT of the scaled one: no second q.k product is needed.
+Logits are kept in base 2: x = q.k * log2(e) / sqrt(D) (+ bias * log2(e)), so that exp2 gives the softmax.
+ROOT is sqrt(D). The unscaled softmax of ortho_v2 is the normalised power ROOT of the scaled one: no second
+q.k product.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def logits(q, K, sk, start, count, BIAS, s_bias, D: tl.constexpr, BD: tl.constex
 def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
                 D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
                 SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One key block of the online softmax. lu and got are the unscaled sum and the part of the first NG tokens."""
-    v = load_tile(V, start + tl.arange(0, BLOCK), count, sv[2], sv[3], D, BD, UPCAST)  # early: hides its latency
+    """One key block of the online softmax. lu, got: the unscaled sum and the part of the first NG tokens."""
+    # early: hides its latency
+    v = load_tile(V, start + tl.arange(0, BLOCK), count, sv[2], sv[3], D, BD, UPCAST)
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
     top = tl.maximum(m, tl.max(x, 1))
     base = top
@@ -112,13 +114,15 @@ def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, 
 
 
 @triton.jit
-def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D: tl.constexpr,
+           BD: tl.constexpr,
            BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Softmax attention over `count` keys and NZ zero tokens (logit 0, value 0).
 
-    TILES is (block, keys covered by whole blocks, size of the last block or 0), unrolled by the compiler; or (block, -1, 0)
-    for a loop left to run time, which needs fewer registers.
-    Returns the result [BM, BD], the log2 of the sum [BM], the unscaled one's, and the share of the first NG tokens.
+    TILES is (block, keys covered by whole blocks, size of the last block or 0), unrolled by the compiler; or
+    (block, -1, 0) for a loop left to run time, which needs fewer registers.
+    Returns the result [BM, BD], log2 of the sum [BM], that of the unscaled sum, the share of the first NG
+    tokens.
     """
     has_zero = tl.full([BM], NZ, tl.int32) > 0
     m = tl.where(has_zero, 0.0, float("-inf"))
@@ -129,14 +133,17 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
     acc = tl.zeros([BM, BD], tl.float32)
     if TILES[1] < 0:
         for start in range(0, count, TILES[0]):
-            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu,
+                                             got,
                                              D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
     else:
         for start in range(0, TILES[1], TILES[0]):
-            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
+            m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu,
+                                             got,
                                              D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
     if TILES[2] > 0:
-        m, l, acc, lu, got = online_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, m, l, acc, lu, got,
+        m, l, acc, lu, got = online_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, m, l, acc, lu,
+                                         got,
                                          D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
     return acc / l[:, None], m + tl.log2(l), m * ROOT + tl.log2(lu), got / lu
 
@@ -156,12 +163,13 @@ def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc,
 
 
 @triton.jit
-def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, BLOCK: tl.constexpr, D: tl.constexpr,
+def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, BLOCK: tl.constexpr,
+                 D: tl.constexpr,
                  BD: tl.constexpr, BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
-    """`attend` with the log2 sums already known: the result [BM, BD] and the share of the first NG tokens [BM].
+    """`attend` with known log2 sums: the result [BM, BD] and the share of the first NG tokens [BM].
 
-    The loop is left to run time: unrolled, the compiler keeps the key tiles in registers for a later product and spills.
+    The loop is left to run time: unrolled, the compiler keeps key tiles in registers for later, and spills.
     """
     counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
     got = tl.zeros([BM], tl.float32)

@@ -1,6 +1,6 @@
 """Tile sizes per kernel, GPU generation, element size and padded head dim. Our own table: no search at run time.
 
-Starting values were chosen so that no kernel spills (`ahead.resources` reads it without a GPU); not yet tuned on a GPU.
+The values are such that no kernel spills (`ahead.read` tells it without a GPU); not yet tuned on a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """rows: image tokens of a program. keys: tokens of an inner block. Then Triton's num_warps and num_stages."""
+    """Image tokens of a program, keys of an inner block, Triton's num_warps and num_stages."""
 
     rows: int
     keys: int
@@ -73,7 +73,8 @@ def tile(kernel: str, capability: int, element_size: int, padded_dim: int, inter
 
 
 def split(count: int, block: int) -> tuple[int, int, int]:
-    """Cut `count` keys into (block, keys covered by whole blocks, last block or 0); the last is a power of two >= 16."""
+    """Cut `count` keys into (block, keys covered by whole blocks,
+                              last block or 0); the last is a power of two >= 16."""
     whole = count // block * block
     rest = count - whole
     return block, whole, min(padded(rest), block) if rest else 0

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import conftest  # noqa: E402, F401  (finds idcore.kernels)
 import torch  # noqa: E402
+from idcore.kernels import ahead, launch, launch_bwd  # noqa: E402
 
 from idcore.backends.call import normalize  # noqa: E402
-from idcore.kernels import ahead, launch, launch_bwd  # noqa: E402
 
 
 def arguments(dtype: torch.dtype, head_dim: int, merge: str):
@@ -24,7 +24,8 @@ def arguments(dtype: torch.dtype, head_dim: int, merge: str):
 
     k, i = heads(77), heads(32)
     return normalize(
-        heads(1024), k, k, i, i, id_scale=torch.empty(1, 2), id_mask=torch.empty(1, 1024), merge=merge, num_zero=8,
+        heads(1024), k, k, i, i, id_scale=torch.empty(1, 2), id_mask=torch.empty(1, 1024), merge=merge,
+        num_zero=8,
         num_global=5, text_bias=None,
     )  # fmt: skip
 
@@ -39,7 +40,8 @@ def main() -> None:
                 launch_bwd.backward(a, a.q)
         for kernel in kernels:
             built = dataclasses.asdict(ahead.read(kernel, int(capability)))
-            print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype, "job": job}))
+            print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype,
+                             "job": job}))
 
 
 if __name__ == "__main__":

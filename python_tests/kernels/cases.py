@@ -31,7 +31,8 @@ class Case:
     scale: object = 0.8  # float, tuple, or "tensor"
     mask: bool = False
     bias: bool = False
-    layout: str = "packed"  # packed: [B, L, H*D]; plain: contiguous; holes: head dim inside a wider one; cut: from a longer L
+    # packed: [B, L, H*D]; plain: contiguous; holes: head dim inside a wider one; cut: from a longer L
+    layout: str = "packed"
     seed: int = 0
 
     def with_(self, **changes) -> Case:
@@ -73,8 +74,10 @@ def build(c: Case) -> tuple[Args, Args]:
 
     def args(put) -> Args:
         return normalize(
-            put(q), put(kt), put(vt), [put(k) for k in ks], [put(v) for v in vs], id_scale=scale, id_mask=mask,
-            merge=c.merge, num_zero=c.zero, num_global=c.num_global, text_bias=None if bias is None else bias.clone(),
+            put(q), put(kt), put(vt), [put(k) for k in ks], [put(v) for v in vs], id_scale=scale,
+            id_mask=mask,
+            merge=c.merge, num_zero=c.zero, num_global=c.num_global,
+            text_bias=None if bias is None else bias.clone(),
         )  # fmt: skip
 
     return args(lambda x: _lay_out(c, x.to(c.dtype))), args(lambda x: x.double())
@@ -99,7 +102,8 @@ def check_forward(c: Case, got: torch.Tensor, a: Args, truth_args: Args) -> None
 
 
 def eager_gradients(a: Args, g: torch.Tensor):
-    """Autograd through PyTorch's own attention in the call's dtype, in the order of `reference_bwd.backward`."""
+    """Autograd through PyTorch's own attention in the call's dtype,
+    in the order of `reference_bwd.backward`."""
     leaf = [t.detach().requires_grad_() for t in (a.q, a.k_text, a.v_text, *a.k_id, *a.v_id)]
     scale = torch.as_tensor(a.scale, dtype=torch.float32)
     scale = (scale[:, None].expand(-1, a.q.shape[0]) if scale.dim() == 1 else scale).clone().requires_grad_()
@@ -119,7 +123,8 @@ def jogged(a: Args, dtype: torch.dtype) -> Args:
     def move(t: torch.Tensor) -> torch.Tensor:
         return t * (1 + step * torch.randn(t.shape, generator=g, dtype=t.dtype))
 
-    return a._replace(q=move(a.q), k_text=move(a.k_text), v_text=move(a.v_text), k_id=tuple(map(move, a.k_id)),
+    return a._replace(q=move(a.q), k_text=move(a.k_text), v_text=move(a.v_text), k_id=tuple(map(move,
+                                                                                                a.k_id)),
                       v_id=tuple(map(move, a.v_id)))  # fmt: skip
 
 

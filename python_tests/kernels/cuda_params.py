@@ -1,4 +1,5 @@
-"""`csrc/id_attention.h` in ctypes: the C struct of validated arguments, for tests that call the C++ side directly."""
+"""`csrc/id_attention.h` in ctypes: the C struct of validated arguments,
+for tests that call the C++ side directly."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ def _struct(name: str, **fields):
 
 
 HeadTensor = _struct(
-    "HeadTensor", data=c.c_void_p, batch=c.c_int64, stride_batch=c.c_int64, stride_head=c.c_int64, stride_row=c.c_int64
+    "HeadTensor", data=c.c_void_p, batch=c.c_int64, stride_batch=c.c_int64, stride_head=c.c_int64,
+    stride_row=c.c_int64
 )
 TextBias = _struct(
-    "TextBias", data=c.c_void_p, dtype=c.c_int32, stride_batch=c.c_int64, stride_head=c.c_int64, stride_row=c.c_int64,
+    "TextBias", data=c.c_void_p, dtype=c.c_int32, stride_batch=c.c_int64, stride_head=c.c_int64,
+    stride_row=c.c_int64,
     stride_token=c.c_int64,
 )  # fmt: skip
 Identity = _struct(
@@ -41,7 +44,8 @@ def params(a, out: torch.Tensor) -> Params:
     """The struct; keeps no reference, so `a` and `out` must outlive it."""
     b, h, lq, d = a.q.shape
     p = Params(
-        DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global, len(a.k_id),
+        DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global,
+        len(a.k_id),
         head_tensor(a.q), head_tensor(a.k_text), head_tensor(a.v_text), head_tensor(out),
     )  # fmt: skip
     if a.text_bias is not None:
@@ -57,6 +61,7 @@ def params(a, out: torch.Tensor) -> Params:
             i.scale = a.scale[j]
         if a.mask is not None:
             m = a.mask[j]
-            i.mask, i.mask_stride_batch, i.mask_stride_row = m.data_ptr(), m.stride(0) if m.shape[0] > 1 else 0, m.stride(1)
+            i.mask, i.mask_stride_batch, i.mask_stride_row = m.data_ptr(),
+            m.stride(0) if m.shape[0] > 1 else 0, m.stride(1)
         p.identity[j] = i
     return p

@@ -1,6 +1,8 @@
-// Runs the CUDA kernels of id_attention on the host; see csrc/cuda/emulate.h. Loaded by test_cuda_emulated.py.
+// Runs the CUDA kernels of id_attention on the host; see csrc/cuda/emulate.h. Loaded by
+// test_cuda_emulated.py.
 #define IDCORE_EMULATE
-#include "cuda/id_attention_kernels.cuh"
+#include "cuda/id_attention_attend.cuh"
+#include "cuda/id_attention_merge.cuh"
 #include "cuda/id_attention_plan.h"
 
 using namespace idcore;
@@ -31,12 +33,18 @@ void run(const Task& task, const Sizes& s, uint32_t seed) {
 template <class T>
 bool by_head_dim(const Task& task, const Sizes& s, uint32_t seed) {
   switch (task.p.head_dim) {
-    case 40: return run<T, 40>(task, s, seed), true;
-    case 64: return run<T, 64>(task, s, seed), true;
-    case 80: return run<T, 80>(task, s, seed), true;
-    case 128: return run<T, 128>(task, s, seed), true;
-    case 160: return run<T, 160>(task, s, seed), true;
-    default: return false;
+    case 40:
+      return run<T, 40>(task, s, seed), true;
+    case 64:
+      return run<T, 64>(task, s, seed), true;
+    case 80:
+      return run<T, 80>(task, s, seed), true;
+    case 128:
+      return run<T, 128>(task, s, seed), true;
+    case 160:
+      return run<T, 160>(task, s, seed), true;
+    default:
+      return false;
   }
 }
 
@@ -56,8 +64,8 @@ extern "C" const char* id_attention_emulated(const IdAttentionParams* p, int war
     task.sums = reinterpret_cast<float*>(workspace.data() + s.text_bytes + s.share_bytes);
     task.blocks = s.blocks;
     task.aligned = all_aligned(*p);
-    const bool known = p->dtype == DType::kFloat16 ? by_head_dim<Half>(task, s, seed)
-                                                   : by_head_dim<BFloat16>(task, s, seed);
+    const bool known =
+        p->dtype == DType::kFloat16 ? by_head_dim<Half>(task, s, seed) : by_head_dim<BFloat16>(task, s, seed);
     return known ? nullptr : "head_dim not built";
   } catch (const std::exception& e) {
     std::strncpy(message, e.what(), sizeof(message) - 1);

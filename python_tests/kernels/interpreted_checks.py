@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 from cases import Case, build, check_backward, check_forward, poisoned
+from idcore.kernels import launch, launch_bwd
 
 from idcore import id_attention
-from idcore.kernels import launch, launch_bwd
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ BACKWARD = {
     "half ortho_v2": BASE.with_(dtype=torch.float16, merge="ortho_v2", layout="cut"),
     "one row": BASE.with_(lq=1, li=(1,), zero=9, d=40),
     "fewer tokens than five": BASE.with_(merge="ortho_v2", lq=17, li=(1,), zero=9, d=40),
-    "300 rows, holes, bias": BASE.with_(merge="ortho_v2", b=1, h=1, lq=300, li=(4,), rows=(1,), text_rows=1, zero=0,
+    "300 rows, holes, bias": BASE.with_(merge="ortho_v2", b=1, h=1, lq=300, li=(4,), rows=(1,), text_rows=1,
+                                        zero=0,
                                         layout="holes", bias=True, d=80),
     "identity without tokens": BASE.with_(merge="ortho_v2", li=(0, 5), rows=(2, 2), scale=(1.0, 0.0), zero=3),
     "no identity": BASE.with_(li=(), rows=(), scale=1.0),
@@ -89,7 +90,8 @@ def test_statistics_of_forward_spare_backward_the_recomputation(kernels):
         assert torch.equal(x, y)
     b, h, lq, d = a.q.shape
     floats = sum(t.numel() for t in stats if t is not None)
-    assert floats == b * h * lq * 5 + 2 * b * lq + 4 * b * h * d  # three sums, a, alpha and its denominator; two identities
+    # three sums, a, alpha and its denominator; two identities
+    assert floats == b * h * lq * 5 + 2 * b * lq + 4 * b * h * d
     partly = kernels[1].backward(a, g, stats, text_kv=False)
     assert partly[1] is None and partly[2] is None and torch.equal(partly[0], kept[0])
 
@@ -97,11 +99,13 @@ def test_statistics_of_forward_spare_backward_the_recomputation(kernels):
 def test_the_op_takes_the_backend_for_both_directions(kernels):
     a, truth = build(BASE.with_(merge="ortho_v2"))
     q = a.q.detach().requires_grad_()
-    out = id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="triton")
+    out = id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8,
+                       backend="triton")
     check_forward(BASE, out.detach(), a, truth)
     out.sum().backward()
     expected = torch.autograd.grad(
-        id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="reference")
+        id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8,
+                     backend="reference")
         .sum(),
         q,
     )[0]
@@ -118,10 +122,12 @@ def random_case(seed: int) -> Case:
     return Case(
         merge=r.choice(("add", "ortho", "ortho_v2")), dtype=r.choice((torch.float32, torch.float16)), b=b,
         h=r.choice((1, 2, 3)), lq=r.choice((1, 3, 17, 33, 63, 77, 130)), lt=r.choice((1, 5, 77, 80, 129)),
-        d=r.choice((8, 40, 64, 80, 128, 160)), li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 32, 37)) for _ in range(n)),
+        d=r.choice((8, 40, 64, 80, 128, 160)), li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 32,
+                                                                  37)) for _ in range(n)),
         rows=tuple(r.choice(divisors) for _ in range(n)), text_rows=r.choice(divisors), zero=zero,
         num_global=r.choice((1, 5, 40)), scale=r.choice(("tensor", 0.0, -1.5, 1.0)) if n else 1.0,
-        mask=n > 0 and r.random() < 0.5, bias=r.random() < 0.2, layout=r.choice(("packed", "plain", "holes", "cut")), seed=seed,
+        mask=n > 0 and r.random() < 0.5, bias=r.random() < 0.2, layout=r.choice(("packed", "plain", "holes",
+                                                                                 "cut")), seed=seed,
     )  # fmt: skip
 
 
@@ -130,8 +136,10 @@ def fuzz(kernels, seed: int) -> None:
     a, truth = build(c)
     out, _ = poisoned(a.q)
     check_forward(c, kernels[0].forward(a, out), a, truth)
-    # With one token of text or a few rows alpha is a quotient of two nearly proportional sums, and its gradient the
-    # difference of large terms: no float32 arithmetic gives it well, so such calls say nothing about the kernels.
+    # With one token of text or a few rows alpha is a quotient of two nearly proportional sums, and its
+    # gradient the
+    # difference of large terms: no float32 arithmetic gives it well, so such calls say nothing about the
+    # kernels.
     if seed % 4 == 0 and (c.merge == "add" or (c.lq > 8 and c.lt > 1)):
         g = torch.randn(a.q.shape, generator=torch.Generator().manual_seed(seed)).to(a.q.dtype)
         check_backward(c, kernels[1].backward(a, g), a, truth, g)

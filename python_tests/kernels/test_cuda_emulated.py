@@ -1,6 +1,7 @@
 """The CUDA kernels' own source, compiled for the host and run thread by thread, against float64.
 
-csrc/cuda/emulate.h stands in for the instructions of the GPU (mma, ldmatrix, cp.async, shuffles, barriers). What this cannot show:
+csrc/cuda/emulate.h stands in for the instructions of the GPU (mma, ldmatrix, cp.async, shuffles,
+                                                               barriers). What this cannot show:
 timing, and that ptxas and the hardware do what the PTX manual says.
 """
 
@@ -18,7 +19,8 @@ from cases import Case, build, check_forward, poisoned
 from cuda_params import Params, params
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c++17", "-O2", "-mf16c", "-mavx2", "-Wall", "-Wextra", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++17", "-O2", "-mf16c", "-mavx2", "-Wall", "-Wextra", "-shared", "-fPIC",
+         f"-I{ROOT / 'csrc'}"]
 
 
 def compile_library(folder: Path, *flags: str):
@@ -27,7 +29,8 @@ def compile_library(folder: Path, *flags: str):
         pytest.skip("no g++ to compile the kernels for the host")
     path = folder / "emulated.so"
     source = Path(__file__).with_name("emulate.cpp")
-    done = subprocess.run(["g++", *FLAGS, *flags, str(source), "-o", str(path)], capture_output=True, text=True)
+    done = subprocess.run(["g++", *FLAGS, *flags, str(source), "-o", str(path)], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     library = ctypes.CDLL(str(path))
@@ -73,7 +76,8 @@ CASES = {
     "one row": (BASE.with_(merge="ortho_v2", lq=1, num_global=9), 1),
     "not aligned": (BASE.with_(merge="ortho_v2", layout="holes", lq=20), 2),
     "rows cut out": (BASE.with_(layout="cut", lq=63), 4),
-    "identity without tokens": (BASE.with_(merge="ortho_v2", li=(0, 37), rows=(1, 1), scale=(1.0, 0.0), zero=3), 2),
+    "identity without tokens": (BASE.with_(merge="ortho_v2", li=(0, 37), rows=(1, 1), scale=(1.0, 0.0),
+                                           zero=3), 2),
     "no identity": (BASE.with_(merge="ortho", li=(), rows=(), scale=1.0), 2),
     "no zero tokens, cond and uncond": (BASE.with_(b=4, h=1, lq=16, rows=(2,), zero=0), 1),
 }
@@ -105,8 +109,10 @@ def test_emulated_kernels_on_random_calls(library, block):
         n, b = r.choice((0, 1, 1, 2, 3)), r.choice((1, 2, 4))
         zero, divisors = r.choice((0, 1, 8)), [k for k in (1, 2, 4) if b % k == 0]
         c = Case(
-            merge=r.choice(("add", "ortho", "ortho_v2")), dtype=r.choice((torch.float16, torch.bfloat16)), b=b, h=r.choice((1, 2)),
-            lq=r.choice((1, 3, 17, 33, 63, 77)), lt=r.choice((1, 5, 77, 80, 129)), d=r.choice((40, 64, 80, 128, 160)),
+            merge=r.choice(("add", "ortho", "ortho_v2")), dtype=r.choice((torch.float16, torch.bfloat16)),
+            b=b, h=r.choice((1, 2)),
+            lq=r.choice((1, 3, 17, 33, 63, 77)), lt=r.choice((1, 5, 77, 80, 129)), d=r.choice((40, 64, 80,
+                                                                                               128, 160)),
             li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 16, 32, 37)) for _ in range(n)),
             rows=tuple(r.choice(divisors) for _ in range(n)), text_rows=r.choice(divisors), zero=zero,
             num_global=r.choice((1, 5, 40)), scale=r.choice(("tensor", 0.0, -1.5)) if n else 1.0,

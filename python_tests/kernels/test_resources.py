@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, read without a GPU: registers, spills, shared memory, instructions."""
+"""What the compilers make of the kernels: registers, spills, shared memory, instructions. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ TENSOR = {80: "HMMA.16816", 90: ("HGMMA", "HMMA.16816"), 100: ("UTCHMMA", "HMMA.
 
 
 def build_ahead(*jobs: str) -> list[dict]:
-    """Kernels of jobs "dtype,head dim,merge,capability[,forward]", built in another process (never interpreted)."""
+    """Kernels of jobs "dtype,head dim,merge,capability[,forward]",
+    built in another process (never interpreted)."""
     import os
 
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -52,7 +53,8 @@ def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_triton_kernels_of_every_head_dim(dtype, capability):
     for head_dim in (40, 64, 80, 128) if dtype == "float32" else (40, 64, 80, 128, 160):
-        check(build_ahead(*(f"{dtype},{head_dim},{merge},{capability}" for merge in ("add", "ortho", "ortho_v2"))))
+        merges = ("add", "ortho", "ortho_v2")
+        check(build_ahead(*(f"{dtype},{head_dim},{merge},{capability}" for merge in merges)))
 
 
 @functools.cache
@@ -68,14 +70,16 @@ def cuda_binary(folder: Path) -> Path:
     if shutil.which("nvcc") is None:
         pytest.skip("idcore was built without CUDA and there is no nvcc")
     path = folder / "small.o"
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode", "arch=compute_80,code=sm_80", "-c",
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-gencode", "arch=compute_80,code=sm_80",
+               "-c",
                str(ROOT / "csrc/cuda/id_attention_small.cu"), "-o", str(path)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return path
 
 
 def cuobjdump(*arguments: str) -> str:
-    return subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True,
+                          check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,8 @@ def binary(tmp_path_factory) -> Path:
 
 def test_cuda_kernels_keep_everything_in_registers(binary):
     text = cuobjdump("-res-usage", str(binary))
-    rows = re.findall(r"Function (\S*(?:attend|merge)_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    usage = r"\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    rows = re.findall(r"Function (\S*(?:attend|merge)_kernel\S*):" + usage, text)
     assert len(rows) >= 12, text[:2000]
     for name, registers, stack, local in rows:
         assert (stack, local) == ("0", "0"), f"{name} spills: stack {stack}, local {local}"

@@ -1,37 +1,15 @@
-// The two kernels of `id_attention`.
-//
-// attend_kernel: one block for some rows of one head; it walks through the text's keys, then each identity's, as one
-// stream of tiles that are copied ahead of their use. "add" is finished by it. For ortho and ortho_v2 it stores
-// X = h + sum_j s_j w_j i_j in the output, h and the sums over its rows of w h i and w h h; merge_kernel adds those
-// sums in a fixed order (the result is the same in every run) and applies the ratio alpha and the share a.
+// First kernel of `id_attention`. attend_kernel: one block for some rows of one head; it walks through the
+// text's keys, then each identity's, as one stream of tiles that are copied ahead of their use. "add" is
+// finished by it. For ortho and ortho_v2 it stores X = h + sum_j s_j w_j i_j in the output, h and the sums
+// over its rows of w h i and w h h; merge_kernel adds those sums in a fixed order (the result is the same in
+// every run) and applies the ratio alpha and the share a.
 #pragma once
 
+#include "cuda/id_attention_task.cuh"
 #include "cuda/id_attention_tile.cuh"
 
 namespace idcore {
 namespace cuda {
-
-struct Task {
-  IdAttentionParams p;
-  uint16_t* text;   // h of every row. [B, H, Lq, D]
-  float* share;     // [n, B, H, Lq]
-  float* sums;      // [blocks of rows, n, 2, B * H, D]
-  int32_t blocks;   // of attend_kernel along the rows
-  bool aligned;     // rows of q, K, V and out start at multiples of 16 bytes
-};
-
-IDCORE_DEVICE const uint16_t* head_of(const HeadTensor& t, int64_t batch, int64_t b, int64_t head) {
-  return static_cast<const uint16_t*>(t.data) + b * t.batch / batch * t.stride_batch + head * t.stride_head;
-}
-
-IDCORE_DEVICE float mask_at(const Identity& id, int64_t b, int64_t row, int64_t lq) {
-  if (row >= lq) return 0.f;
-  return id.mask ? id.mask[b * id.mask_stride_batch + row * id.mask_stride_row] : 1.f;
-}
-
-IDCORE_DEVICE float scale_of(const Identity& id, int64_t b) {
-  return id.scale_data ? id.scale_data[b * id.scale_stride] : id.scale;
-}
 
 // The stream of key tiles: branch 0 is the text, branch j + 1 identity j.
 struct Cursor {
@@ -59,16 +37,17 @@ IDCORE_DEVICE void fetch(const Task& task, const Cursor& c, uint16_t* stage, int
     const HeadTensor& k = c.branch == 0 ? p.k_text : p.identity[c.branch - 1].k;
     const HeadTensor& v = c.branch == 0 ? p.v_text : p.identity[c.branch - 1].v;
     const int count = branch_length(p, c.branch);
-    load_rows<kHeadDim>(stage, head_of(k, p.batch, b, head), k.stride_row, c.first, count, G::kKeys, task.aligned);
-    load_rows<kHeadDim>(stage + G::kKeys * G::kPitch, head_of(v, p.batch, b, head), v.stride_row, c.first, count,
-                        G::kKeys, task.aligned);
+    load_rows<kHeadDim>(stage, head_of(k, p.batch, b, head), k.stride_row, c.first, count, G::kKeys,
+                        task.aligned);
+    load_rows<kHeadDim>(stage + G::kKeys * G::kPitch, head_of(v, p.batch, b, head), v.stride_row, c.first,
+                        count, G::kKeys, task.aligned);
   }
   commit_copies();
 }
 
 template <class T, int kHeadDim>
-IDCORE_DEVICE void add_bias(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const IdAttentionParams& p, int64_t b,
-                            int64_t head, int row, int first, int count, int lane) {
+IDCORE_DEVICE void add_bias(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const IdAttentionParams& p,
+                            int64_t b, int64_t head, int row, int first, int count, int lane) {
   const TextBias& bias = p.text_bias;
   const int64_t base = b * bias.stride_batch + head * bias.stride_head;
   IDCORE_UNROLL
@@ -103,8 +82,8 @@ IDCORE_DEVICE void start_branch(RowState& state, int branch, const IdAttentionPa
 
 // Divides by the softmax's sum and stores each row's share.
 template <int kHeadDim, bool kTwo>
-IDCORE_DEVICE void finish_branch(float (&acc)[Geometry<kHeadDim>::kTiles][4], const RowState& state, const Task& task,
-                                 int branch, int64_t b, int64_t head, int row, int lane) {
+IDCORE_DEVICE void finish_branch(float (&acc)[Geometry<kHeadDim>::kTiles][4], const RowState& state,
+                                 const Task& task, int branch, int64_t b, int64_t head, int row, int lane) {
   const IdAttentionParams& p = task.p;
   IDCORE_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -125,9 +104,9 @@ IDCORE_DEVICE void finish_branch(float (&acc)[Geometry<kHeadDim>::kTiles][4], co
 
 // Sums over the block's rows of w h i and w h h: first over a warp's rows, then over its warps.
 template <class T, int kHeadDim>
-IDCORE_DEVICE void store_sums(const float (&i)[Geometry<kHeadDim>::kTiles][4], const uint16_t* h_rows, float* table,
-                              const float (&w)[2], const Task& task, int j, int64_t b, int64_t head, int warp,
-                              int lane) {
+IDCORE_DEVICE void store_sums(const float (&i)[Geometry<kHeadDim>::kTiles][4], const uint16_t* h_rows,
+                              float* table, const float (&w)[2], const Task& task, int j, int64_t b,
+                              int64_t head, int warp, int lane) {
   using G = Geometry<kHeadDim>;
   const uint16_t* at = h_rows + (lane >> 2) * G::kPitch + (lane & 3) * 2;
   IDCORE_UNROLL
@@ -169,8 +148,8 @@ IDCORE_DEVICE void store_sums(const float (&i)[Geometry<kHeadDim>::kTiles][4], c
   sync_block();
 }
 
-// The running result X waits in shared memory, in slots of its own for each lane: in registers, two blocks would not fit
-// on a multiprocessor.
+// The running result X waits in shared memory, in slots of its own for each lane: in registers, two blocks
+// would not fit on a multiprocessor.
 template <int kTiles>
 IDCORE_DEVICE void put_aside(float* slots, const float (&x)[kTiles][4], int lane) {
   IDCORE_UNROLL
@@ -182,11 +161,13 @@ IDCORE_DEVICE void put_aside(float* slots, const float (&x)[kTiles][4], int lane
 
 // x becomes X + s w x.
 template <int kTiles>
-IDCORE_DEVICE void add_to(const float* slots, float (&x)[kTiles][4], float scale, const float (&w)[2], int lane) {
+IDCORE_DEVICE void add_to(const float* slots, float (&x)[kTiles][4], float scale, const float (&w)[2],
+                          int lane) {
   IDCORE_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     IDCORE_UNROLL
-    for (int e = 0; e < 4; ++e) x[tile][e] = slots[(tile * 4 + e) * 32 + lane] + scale * w[e / 2] * x[tile][e];
+    for (int e = 0; e < 4; ++e)
+      x[tile][e] = slots[(tile * 4 + e) * 32 + lane] + scale * w[e / 2] * x[tile][e];
   }
 }
 
@@ -204,8 +185,8 @@ IDCORE_DEVICE void attend_rows(const Task& task) {
   float* const table = reinterpret_cast<float*>(all_rows + warps * G::kRowElements);
   float* const aside = table + warps * 2 * kHeadDim + warp * G::kSpareFloats;
 
-  load_rows<kHeadDim>(all_rows, head_of(p.q, p.batch, b, head), p.q.stride_row, first_row, static_cast<int>(p.lq),
-                      warps * kWarpRows, task.aligned);
+  load_rows<kHeadDim>(all_rows, head_of(p.q, p.batch, b, head), p.q.stride_row, first_row,
+                      static_cast<int>(p.lq), warps * kWarpRows, task.aligned);
   Cursor next = {0, 0};
   fetch<kHeadDim>(task, next, stages, b, head);
   advance(p, next, G::kKeys);
@@ -251,7 +232,8 @@ IDCORE_DEVICE void attend_rows(const Task& task) {
       }
     } else {
       const Identity& id = p.identity[branch - 1];
-      const float w[2] = {mask_at(id, b, row + (lane >> 2), p.lq), mask_at(id, b, row + (lane >> 2) + 8, p.lq)};
+      const float w[2] = {mask_at(id, b, row + (lane >> 2), p.lq),
+                          mask_at(id, b, row + (lane >> 2) + 8, p.lq)};
       if (kTwo) store_sums<T, kHeadDim>(acc, rows, table, w, task, branch - 1, b, head, warp, lane);
       add_to(aside, acc, scale_of(id, b), w, lane);
     }
@@ -262,82 +244,6 @@ IDCORE_DEVICE void attend_rows(const Task& task) {
   sync_warp();
   uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, b, head));
   write_rows<kHeadDim>(out, p.out.stride_row, rows, row, static_cast<int>(p.lq), task.aligned, lane);
-}
-
-// alpha of every identity for one head, into shared memory [n, D]: the blocks' sums in a fixed order.
-IDCORE_DEVICE void load_ratios(const Task& task, float* alpha, int64_t b, int64_t head, int dim) {
-  const IdAttentionParams& p = task.p;
-  const int64_t plane = p.batch * p.heads * dim;
-  for (int c = thread_index(); c < p.num_identities * dim; c += thread_count()) {
-    const float* at = task.sums + (c / dim) * 2 * plane + (b * p.heads + head) * dim + c % dim;
-    float num = 0.f, den = 0.f;
-    for (int block = 0; block < task.blocks; ++block) {
-      num += at[block * 2 * p.num_identities * plane];
-      den += at[block * 2 * p.num_identities * plane + plane];
-    }
-    alpha[c] = den == 0.f ? 0.f : num / den;
-  }
-}
-
-// s w beta for one row: beta is -1, or for ortho_v2 the share averaged over heads, minus 1.
-IDCORE_DEVICE float row_factor(const Task& task, int j, int64_t b, int64_t row) {
-  const IdAttentionParams& p = task.p;
-  const float weight = scale_of(p.identity[j], b) * mask_at(p.identity[j], b, row, p.lq);
-  if (p.merge == Merge::kOrtho) return -weight;
-  float total = 0.f;
-  const float* at = task.share + (j * p.batch + b) * p.heads * p.lq + row;
-  for (int64_t h = 0; h < p.heads; ++h) total += at[h * p.lq];
-  return weight * (total / static_cast<float>(p.heads) - 1.f);
-}
-
-constexpr int kMergeRows = 64;
-
-// Grid (blocks of kMergeRows rows, H, B). out += sum_j s_j w_j beta_j alpha_j h.
-template <class T>
-IDCORE_DEVICE void merge_rows(const Task& task) {
-  const IdAttentionParams& p = task.p;
-  const int n = p.num_identities, dim = static_cast<int>(p.head_dim), vectors = dim / 8;
-  const int64_t head = block_y(), b = block_z(), first = static_cast<int64_t>(block_x()) * kMergeRows;
-  float* const alpha = reinterpret_cast<float*>(shared_memory());
-  float* const factor = alpha + n * dim;
-  load_ratios(task, alpha, b, head, dim);
-  for (int c = thread_index(); c < n * kMergeRows; c += thread_count()) {
-    const int64_t row = first + c % kMergeRows;
-    factor[c] = row < p.lq ? row_factor(task, c / kMergeRows, b, row) : 0.f;
-  }
-  sync_block();
-  const uint16_t* h = task.text + (b * p.heads + head) * p.lq * dim;
-  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, b, head));
-  for (int v = thread_index(); v < kMergeRows * vectors; v += thread_count()) {
-    const int local = v / vectors, column = v % vectors * 8;
-    const int64_t row = first + local;
-    if (row >= p.lq) continue;
-    uint16_t* to = out + row * p.out.stride_row + column;
-    const Vector16 text = *reinterpret_cast<const Vector16*>(h + row * dim + column);
-    Vector16 x;
-    if (task.aligned) {
-      x = *reinterpret_cast<const Vector16*>(to);
-    } else {
-      IDCORE_UNROLL
-      for (int e = 0; e < 4; ++e) x.word[e] = to[2 * e] | static_cast<uint32_t>(to[2 * e + 1]) << 16;
-    }
-    IDCORE_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      float low = 0.f, high = 0.f;
-      for (int j = 0; j < n; ++j) {
-        low += factor[j * kMergeRows + local] * alpha[j * dim + column + 2 * e];
-        high += factor[j * kMergeRows + local] * alpha[j * dim + column + 2 * e + 1];
-      }
-      x.word[e] = T::pack(T::low(x.word[e]) + low * T::low(text.word[e]),
-                          T::high(x.word[e]) + high * T::high(text.word[e]));
-    }
-    if (task.aligned) {
-      *reinterpret_cast<Vector16*>(to) = x;
-    } else {
-      IDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(x.word[e / 2] >> (e % 2 * 16));
-    }
-  }
 }
 
 }  // namespace cuda
