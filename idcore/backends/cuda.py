@@ -1,7 +1,6 @@
 """`id_attention` by the compiled CUDA kernels (csrc/cuda): forward for inference in float16 and bfloat16.
 
-One launch for "add", two for "ortho" and "ortho_v2". Nothing is allocated by the kernels and nothing waits,
-so a call
+One launch for "add", two for "ortho" and "ortho_v2". The kernels allocate nothing and wait for nothing, so a call
 may be captured in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive).
 """
 
@@ -33,8 +32,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as e:
         return None, f"the compiled module idcore._C cannot be loaded ({e}); build it with `pip install -e .`"
     if not hasattr(_C, "id_attention_cuda"):
-        return None,
-        "built without CUDA; put nvcc on the PATH and build again with IDCORE_CUDA=ON pip install -e ."
+        return None, "built without CUDA; put nvcc on the PATH and build again: IDCORE_CUDA=ON pip install -e ."
     return _C, ""
 
 
