@@ -133,26 +133,18 @@ struct AddMerge {
 struct OrthoMerge {
   template <int R, int N>
   static IDC_INLINE void add_sums(V (&i)[R][N], const float* h, const float* weight, float* hi, float* hh) {
-    V sum_hi[N], sum_hh[N];
+    // Channel by channel: all sums at once would not fit into the registers beside i.
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      sum_hi[j] = load(hi + j * kLanes);
-      sum_hh[j] = load(hh + j * kLanes);
-    }
+      V sum_hi = load(hi + j * kLanes), sum_hh = load(hh + j * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const V w = all(weight[r]);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        const V x = load(h + (r * N + j) * kLanes), wx = mul(w, x);
-        sum_hi[j] = fma(wx, i[r][j], sum_hi[j]);
-        sum_hh[j] = fma(wx, x, sum_hh[j]);
+      for (int r = 0; r < R; ++r) {
+        const V x = load(h + (r * N + j) * kLanes), wx = mul(all(weight[r]), x);
+        sum_hi = fma(wx, i[r][j], sum_hi);
+        sum_hh = fma(wx, x, sum_hh);
       }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      store(hi + j * kLanes, sum_hi[j]);
-      store(hh + j * kLanes, sum_hh[j]);
+      store(hi + j * kLanes, sum_hi);
+      store(hh + j * kLanes, sum_hh);
     }
   }
 
