@@ -7,9 +7,16 @@ from torch._dynamo.testing import CompileCounter
 
 import idcore
 from idcore.systems.base import AttentionOptions
-from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_unet
+from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_ip_adapter, tiny_unet
 
-SMALL = {"layers_per_block": 1, "block_out_channels": (16, 32), "attention_head_dim": 2}
+# Two cross-attention layers: compiling is what takes time here.
+SMALL = {
+    "layers_per_block": 1,
+    "block_out_channels": (16,),
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +62,48 @@ def test_masks_and_a_compiled_unet_that_is_attached():
         handle.masks([torch.rand(3, 5), None])
         assert torch.allclose(run(compiled, inputs), run(unet, inputs), atol=1e-5)
         assert counter.frame_count == frames
+
+
+def with_pictures(unet, inputs):
+    """Load an IP-Adapter and give inputs that carry its picture."""
+    unet._load_ip_adapter_weights(tiny_ip_adapter(unet))
+    return inputs | {"added_cond_kwargs": {"image_embeds": [torch.ones(2, 1, 16)]}}
+
+
+def test_an_ip_adapter_loaded_into_a_compiled_unet():
+    unet, inputs = tiny_unet("sd", **SMALL), tiny_inputs("sd")
+    system = TinySystem(unet)
+    counter = CompileCounter()
+    compiled = torch.compile(unet, backend=counter, fullgraph=True)
+    with idcore.attach(unet, system, system.identity()) as handle:
+        run(compiled, inputs)
+        inputs = with_pictures(unet, inputs)
+        both = run(compiled, inputs)
+        assert counter.frame_count == 2
+        assert torch.allclose(both, run(unet, inputs), atol=1e-5)
+        handle.scale(0.0)
+        ip_only = run(unet, inputs)
+        assert torch.allclose(run(compiled, inputs), ip_only, atol=1e-5)
+        assert not torch.allclose(both, ip_only, atol=1e-3)
+        assert counter.frame_count == 2
+    assert torch.allclose(run(unet, inputs), ip_only, atol=1e-6)
+
+
+def test_a_unet_inside_of_a_larger_graph():
+    unet, inputs = tiny_unet("sd", **SMALL), tiny_inputs("sd")
+    system = TinySystem(unet)
+    counter = CompileCounter()
+    twice = torch.compile(lambda **x: unet(**x).sample * 2, backend=counter, fullgraph=True)
+    with idcore.attach(unet, system, system.identity(), id_mask=torch.rand(3, 3)) as handle, torch.no_grad():
+        for scale in (1.0, 0.3):
+            handle.scale(scale)
+            assert torch.allclose(twice(**inputs), run(unet, inputs) * 2, atol=1e-5)
+        assert counter.frame_count == 1
+        inputs = with_pictures(unet, inputs)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call handle.refresh\(\) before this compiled UNet"):
+            twice(**inputs)
+        handle.refresh()
+        assert torch.allclose(twice(**inputs), run(unet, inputs) * 2, atol=1e-5)
 
 
 @pytest.mark.slow
