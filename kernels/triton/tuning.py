@@ -1,4 +1,4 @@
-"""Tile sizes per kernel, GPU generation, element size and padded head dim. Our own table: no search at run time.
+"""Tile sizes per kernel, GPU generation, element size and padded head dim: a table, no search at run time.
 
 The values are such that no kernel spills (`ahead.read` tells it without a GPU); not yet tuned on a GPU.
 """

@@ -123,9 +123,8 @@ def jogged(a: Args, dtype: torch.dtype) -> Args:
     def move(t: torch.Tensor) -> torch.Tensor:
         return t * (1 + step * torch.randn(t.shape, generator=g, dtype=t.dtype))
 
-    return a._replace(q=move(a.q), k_text=move(a.k_text), v_text=move(a.v_text), k_id=tuple(map(move,
-                                                                                                a.k_id)),
-                      v_id=tuple(map(move, a.v_id)))  # fmt: skip
+    k_id, v_id = tuple(map(move, a.k_id)), tuple(map(move, a.v_id))
+    return a._replace(q=move(a.q), k_text=move(a.k_text), v_text=move(a.v_text), k_id=k_id, v_id=v_id)
 
 
 def check_backward(c: Case, got, a: Args, truth_args: Args, g: torch.Tensor) -> None:

@@ -61,7 +61,7 @@ def params(a, out: torch.Tensor) -> Params:
             i.scale = a.scale[j]
         if a.mask is not None:
             m = a.mask[j]
-            i.mask, i.mask_stride_batch, i.mask_stride_row = m.data_ptr(),
-            m.stride(0) if m.shape[0] > 1 else 0, m.stride(1)
+            i.mask, i.mask_stride_row = m.data_ptr(), m.stride(1)
+            i.mask_stride_batch = m.stride(0) if m.shape[0] > 1 else 0
         p.identity[j] = i
     return p
