@@ -1,0 +1,113 @@
+"""The benchmark's JSON, its gate, and the parity rule that it stands on."""
+
+import json
+
+import pytest
+import torch
+
+from idcore.backends import cpu, sdpa
+from idcore.bench.main import main
+from idcore.ops import id_attention
+from idcore.testing import Case, assert_parity, check_parity, make_inputs, random_case
+from idcore.testing.cases import LAYOUTS
+from idcore.testing.eager import eager_id_attention
+from idcore.testing.timing import interleaved
+
+SMALL = Case("small", "test", heads=2, lq=20, lt=7, li=(3,), num_zero=2)
+
+
+@pytest.fixture(autouse=True)
+def _grad_stays_on():
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("merge", ("none", "add", "ortho", "ortho_v2"))
+def test_eager_yardstick_is_the_same_operator(merge):
+    case = SMALL.with_(merge=merge, mask=True, li=(3, 6), batch=2, tensor_scale=True)
+    given = make_inputs(case)
+    want = id_attention(**given, backend="reference")
+    assert (eager_id_attention(**given) - want).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_hold_the_same_values(layout):
+    want = make_inputs(SMALL)["q"]
+    assert torch.equal(make_inputs(SMALL.with_(layout=layout))["q"], want)
+
+
+def test_random_cases_repeat():
+    assert random_case(7) == random_case(7) != random_case(8)
+
+
+@pytest.mark.parametrize("flaw", ("shifted", "untouched", "one_row"))
+def test_parity_catches_a_wrong_backend(monkeypatch, flaw):
+    right = sdpa.forward
+
+    def wrong(a, out):
+        if flaw == "untouched":
+            return out
+        result = right(a, out)
+        (result if flaw == "shifted" else result[:, :, -1:])[:] += 1e-3
+        return result
+
+    monkeypatch.setattr(sdpa, "forward", wrong)
+    assert not check_parity(SMALL, "sdpa").ok
+    with pytest.raises(AssertionError, match="reproduce: .*assert_parity\\(Case\\(name='small'"):
+        assert_parity(SMALL, "sdpa")
+
+
+def test_interleaving_takes_turns():
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert times["a"].p10 <= times["a"].ms <= times["a"].p90
+
+
+def run(capsys, *arguments):
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+SHORT = ("--cases", "sd15-64x1280", "--against", "eager", "--rounds", "2", "--batch", "1")
+
+
+def test_rows_have_the_documented_form(capsys):
+    pytest.importorskip("idcore._C", reason="the compiled module is not built")
+    code, report = run(capsys, "id_attention", *SHORT, "--dtype", "fp32,bf16", "--merge", "add,ortho_v2")
+    assert code == 0 and len(report["rows"]) == 4
+    assert {"cpu", "cores", "isa", "gpu", "driver", "torch", "triton", "commit"} <= set(report["machine"])
+    for row in report["rows"]:
+        assert row["parity"] is True and row["pass"] == "fwd" and row["op"] == "id_attention"
+        assert row["spread"][0] <= row["ms"] <= row["spread"][1]
+        assert set(row["ratio"]) == {"eager", "own_text_only"} and min(row["ratio"].values()) > 0
+        assert row["share_of_peak"] > 0 and row["floor_ms"] > 0
+
+
+def test_red_parity_prints_no_time(capsys, monkeypatch):
+    pytest.importorskip("idcore._C", reason="the compiled module is not built")
+    right = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda a, out=None: right(a, out).mul_(1.01))
+    code, report = run(capsys, "id_attention", *SHORT, "--dtype", "fp32", "--merge", "add")
+    (row,) = report["rows"]
+    assert code == 1 and row["parity"] is False and "ms" not in row and row["error"] > row["limit"]
+
+
+def test_peak_lists_every_instruction_set(capsys):
+    module = pytest.importorskip("idcore._C", reason="the compiled module is not built")
+    before = module.cpu_isa()
+    code, report = run(capsys, "peak")
+    assert code == 0 and {r["isa"] for r in report["rows"] if "isa" in r} == set(module.usable_isas())
+    assert all(r.get("gflops", r.get("gb_per_s")) > 0 for r in report["rows"])
+    assert module.cpu_isa() == before
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (("id_attention", "--dtype", "int8"), "int8: choose from fp32, bf16, fp16"),
+    (("id_attention", "--cases", "nope"), "nope: choose from sdxl-4096x640"),
+    (("id_attention", "--against", "magic"), "magic: choose from eager, compiled"),
+])  # fmt: skip
+def test_wrong_arguments_name_the_choices(capsys, arguments, text):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert text in capsys.readouterr().err
