@@ -73,7 +73,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     id: Annotated[Path | None, typer.Option("--id", help="A photo, or an identity made by `idcore encode`.")] = None,
     base: Annotated[
-        str, typer.Option(help='"tiny", or a folder with an SDXL pipeline in diffusers\' layout.')
+        str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL pipeline of diffusers.')
     ] = "tiny",
     negative: Annotated[str, typer.Option(help="Negative prompt (SDXL).")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
@@ -118,6 +118,27 @@ def convert(
     from .workflows import convert_weights
 
     typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle), err=True)
+
+
+@train_app.command("tiny")
+def train_tiny(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoints, the drawn people and the exported model.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 10_000,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per worker and step.")] = 24,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one CPU thread each.")] = 1,
+    recogniser_from: Annotated[int, typer.Option(min=0, help="Step from which the identity loss counts.")] = 6_000,
+    people: Annotated[int, typer.Option(min=500, help="Procedural people to draw, in 500s.")] = 30_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
+) -> None:
+    """Train the embedded model on procedural people that are drawn here; resumable."""
+    from .workflows import train_tiny_model
+
+    folder = train_tiny_model(
+        out, resume=resume, iterations=iterations, batch=batch, workers=workers, recogniser_from=recogniser_from,
+        shards=people // 500, seed=seed,
+    )  # fmt: skip
+    typer.echo(f"{folder}: use it with `idcore generate --base {folder}`", err=True)
 
 
 @app.command()

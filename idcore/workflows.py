@@ -94,7 +94,7 @@ def _pulid(weights, vision, parsing, faces: str, choose: str, preset: str | None
     if weights is None:
         raise WeightsError(
             "PuLID needs its adapter weights: pass --weights FILE (safetensors; pulid_v1.bin once through "
-            "`idcore convert pulid_v1.bin pulid_v1.safetensors --unpickle`)"
+            "`idcore convert pulid_v1.bin --out pulid_v1.safetensors --unpickle`)"
         )
     preprocess = None
     if for_photos:
@@ -121,7 +121,10 @@ def generate_pictures(r: GenerateRequest) -> list[Path]:
     if not r.prompt.strip():
         raise InputError("generate: the prompt is empty; write what to draw in words")
     out = writable_folder(r.out)
-    run = _generate_tiny if r.base == "tiny" else _generate_folder
+    tiny = (
+        r.base == "tiny" or (Path(r.base) / "config.json").is_file() and (Path(r.base) / "model.safetensors").is_file()
+    )
+    run = _generate_tiny if tiny else _generate_folder
     made, info = run(r)
     paths = []
     for i, picture in enumerate(made):
@@ -243,6 +246,18 @@ def convert_weights(source: Path, out: Path, *, layout: str = "pulid", unpickle:
     return f"{out}: {convert(source, out, layout=layout, unpickle=unpickle)}"
 
 
+def train_tiny_model(out: Path, *, resume: bool = False, **settings: Any) -> Path:
+    """Train the embedded model and export it to `out/model`; `settings` as in `training.tiny.loop.TrainConfig`."""
+    from .training.tiny.export import export
+    from .training.tiny.loop import TrainConfig, train_tiny
+
+    writable_folder(out)
+    if not resume and (out / "checkpoint").exists():
+        raise InputError(f"{out} holds a checkpoint already; add --resume to go on with it, or choose another --out")
+    train_tiny(TrainConfig(out=str(out), **settings), resume=resume)
+    return export(out, out / "model")
+
+
 def writable_folder(folder: Path) -> Path:
     """Make the folder, and find out now, not after the work, whether it can be written."""
     try:
@@ -277,4 +292,11 @@ def write_text(path: Path, text: str) -> None:
         raise IdcoreError(f"cannot write {path}: {e.strerror or e}; free some space or choose another folder") from e
 
 
-__all__ = ["GenerateRequest", "convert_weights", "encode_photos", "generate_pictures", "similarity_report"]
+__all__ = [
+    "GenerateRequest",
+    "convert_weights",
+    "encode_photos",
+    "generate_pictures",
+    "similarity_report",
+    "train_tiny_model",
+]

@@ -107,7 +107,7 @@ def test_presets_differ(sdxl, tmp_path):
         (("encode", "{tmp}/none.png", "--out", "{tmp}/a.safetensors"), "none.png"),
         (("encode", "{photo}", "--system", "pulid", "--out", "{tmp}/a.safetensors"), "needs its adapter weights"),
         (("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"), 'system must be "tiny" or "pulid"'),
-        (("convert", "{tmp}/none.bin", "{tmp}/a.safetensors"), "none.bin"),
+        (("convert", "{tmp}/none.bin", "--out", "{tmp}/a.safetensors"), "none.bin"),
         (("encode", "{grey}", "--out", "{tmp}/a.safetensors"), "No face was found"),
         (("demo", "--photo", "{grey}", "--out", "{tmp}/d"), "No face was found"),
     ],
@@ -137,3 +137,18 @@ def test_main_prints_the_error_and_no_traceback(monkeypatch, capsys, tmp_path):
         cli.main()
     error = capsys.readouterr().err
     assert end.value.code == 1 and error.startswith("error: ") and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_train_tiny_resumes_and_its_model_generates(tmp_path, photo):
+    args = ("train", "tiny", "--out", tmp_path / "run", "--people", 500, "--batch", 2, "--recogniser-from", 99)
+    status, _, error = run(*args, "--iterations", 1)
+    assert status == 0, error
+    status, _, error = run(*args, "--iterations", 1)
+    assert status == 1 and "holds a checkpoint already; add --resume" in error
+    status, _, error = run(*args, "--iterations", 2, "--resume")
+    assert status == 0, error
+    base = tmp_path / "run" / "model"
+    status, out, error = run("generate", "--prompt", "a photo", "--base", base, "--id", photo, "--out", tmp_path / "p")
+    assert status == 0, error
+    assert pictures(out.split())[0].shape == (64, 64, 3)
