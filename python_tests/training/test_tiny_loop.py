@@ -30,7 +30,7 @@ def pool(tmp_path_factory):
 
 def config(pool, out, **changes):
     values = {"iterations": 4, "batch": 2, "save_every": 2, "log_every": 2, "warmup": 1, "recogniser_from": 1}
-    values |= {"bf16": False, "textures": 8}
+    values |= {"bf16": False, "textures": 8, "shards": 0}
     return TrainConfig(str(out), str(pool), model=SMALL, **{**values, **changes})
 
 

@@ -20,15 +20,22 @@ from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .data import Batch, TinyData
 from .losses import RecogniserLoss, face_weight, picture_loss
 from .parallel import average_gradients, free_port, join, leave
+from .pool import make_pool
 from .processors import put_processors, set_identity
 
 
 @dataclass
 class TrainConfig:
-    """What `train_tiny` does. Values are our choice; `start` = iterations without the recogniser's losses."""
+    """What `train_tiny` does. All values are our choice.
+
+    out: folder of the checkpoints. pool: folder of rendered people (None: `out`/pool), filled up to `shards`
+    shards of 500 people before the training. recogniser_from: iteration from which the recogniser's losses
+    count, on `recogniser_share` of each batch. workers: processes with `threads` threads and `batch` samples
+    each. init: folder of another training whose averaged weights to start from. stop_at: pause there.
+    """
 
     out: str
-    pool: str
+    pool: str | None = None
     iterations: int = 10_000
     batch: int = 24
     lr: float = 8e-4
@@ -50,7 +57,12 @@ class TrainConfig:
     init: str | None = None
     model: TinyConfig | None = None
     textures: int = 1024
+    shards: int = 60
     stop_at: int | None = None
+
+    @property
+    def pool_folder(self) -> Path:
+        return Path(self.pool) if self.pool else Path(self.out) / "pool"
 
     def check(self) -> None:
         for name in ("iterations", "batch", "save_every", "log_every", "threads", "workers"):
@@ -76,7 +88,7 @@ class Trainer:
         c = config
         torch.set_num_threads(c.threads)
         torch.manual_seed(c.seed)
-        self.data = TinyData(Path(c.pool), c.seed, c.textures)
+        self.data = TinyData(c.pool_folder, c.seed, c.textures)
         self.model = TinyModel(c.model).train()
         self.recogniser = DlibRecogniser().to(memory_format=torch.channels_last)
         self.recogniser_loss = RecogniserLoss(self.recogniser)
@@ -219,10 +231,12 @@ def train_tiny(config: TrainConfig, resume: bool = False) -> Path:
     """Train, or go on from the newest checkpoint in `config.out`; returns the checkpoint's folder.
 
     Raises:
-        InputError: bad settings, or no pool.
+        InputError: bad settings, or an empty pool with shards=0.
         IdcoreError: the loss is not finite (the last checkpoint stays).
     """
     config.check()
+    if config.shards:
+        make_pool(config.pool_folder, config.shards, workers=config.workers)
     if config.workers == 1:
         _work(0, config, resume, 0)
     else:

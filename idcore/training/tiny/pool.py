@@ -8,6 +8,7 @@ a temporary name and renamed, so that a half-written shard is never read.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -57,12 +58,20 @@ def make_pool(folder: Path, shards: int, people: int = 500, size: int = 96, work
     """Render `shards` shards of `people` people each, in `workers` processes."""
     if shards < 1 or people < 1:
         raise InputError(f"a pool needs at least one shard and one person, got {shards} and {people}")
+    missing = [i for i in range(shards) if not (Path(folder) / f"people_{i:04d}.npy").exists()]
     if workers <= 1:
-        for i in range(shards):
+        for i in _bar(missing, len(missing)):
             write_shard(folder, i, people, size)
         return
+    n = len(missing)
     with ProcessPoolExecutor(workers) as ex:
-        list(ex.map(write_shard, [folder] * shards, range(shards), [people] * shards, [size] * shards))
+        list(_bar(ex.map(write_shard, [folder] * n, missing, [people] * n, [size] * n), n))
+
+
+def _bar(items: Iterable, total: int) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc="rendering people", unit="shard", disable=total == 0)
 
 
 class Pool:
