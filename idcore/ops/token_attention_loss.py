@@ -23,8 +23,8 @@ def token_attention_loss(
 ) -> Tensor:
     """Mean squared distance of softmax(q k^T / sqrt D) from softmax(q k_ref^T / sqrt D).
 
-    The attention loss of SeFi-IDE ("Beyond Inserting", face-wise attention loss): k comes from the prompt with
-    the learned token, k_ref from the reference prompt with a plain word, q is shared. The reference map is a
+    The attention loss of SeFi-IDE ("Beyond Inserting", face-wise attention loss): k comes from the prompt
+    with the learned token, k_ref from the reference prompt with a plain word, q is shared. The reference map is a
     target: nothing is differentiated through it, neither towards k_ref nor towards q. That the distance is
     squared is our reading of the paper's figure.
 

@@ -22,8 +22,8 @@ def _common(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> tuple[dict, 
     arguments = dict(
         Q=q, K=k, KR=k_ref, W=weight,
         sq=q.stride(), sk=k.stride(), skr=k_ref.stride(), sw=weight.stride(),
-        DIV=b // k.shape[0], DIVR=b // k_ref.shape[0], LQ=lq, LT=k.shape[2], D=d, BD=tuning.padded(d), BM=t.rows,
-        BN=min(t.keys, tuning.padded(k.shape[2])), ROOT=float(d) ** 0.5,
+        DIV=b // k.shape[0], DIVR=b // k_ref.shape[0], LQ=lq, LT=k.shape[2], D=d,
+        BD=tuning.padded(d), BM=t.rows, BN=min(t.keys, tuning.padded(k.shape[2])), ROOT=float(d) ** 0.5,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
     return arguments, (triton.cdiv(lq, t.rows), h, b), dict(num_warps=t.warps, num_stages=t.stages)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import conftest  # noqa: E402, F401  (finds idcore.kernels)
 import torch  # noqa: E402
-from idcore.kernels import ahead, launch, launch_bwd  # noqa: E402
+from idcore.kernels import ahead, launch, launch_bwd, launch_token_loss  # noqa: E402
 
 from idcore.backends.call import normalize  # noqa: E402
 
@@ -30,14 +30,24 @@ def arguments(dtype: torch.dtype, head_dim: int, merge: str):
     )  # fmt: skip
 
 
+def token_loss(a) -> None:
+    """Forward and backward of `token_attention_loss`."""
+    weight = torch.empty(2, 77)
+    _, rows = launch_token_loss.forward(a.q, a.k_text, a.k_text, weight)
+    launch_token_loss.backward(a.q, a.k_text, a.k_text, weight, rows, torch.empty(()))
+
+
 def main() -> None:
     for job in sys.argv[1:]:
         dtype, head_dim, merge, capability, *only = job.split(",")
-        a = arguments(getattr(torch, dtype), int(head_dim), merge)
+        a = arguments(getattr(torch, dtype), int(head_dim), "add" if merge == "token_loss" else merge)
         with ahead.recording(int(capability)) as kernels:
-            launch.forward(a)
-            if not only:
-                launch_bwd.backward(a, a.q)
+            if merge == "token_loss":
+                token_loss(a)
+            else:
+                launch.forward(a)
+                if not only:
+                    launch_bwd.backward(a, a.q)
         for kernel in kernels:
             built = dataclasses.asdict(ahead.read(kernel, int(capability)))
             print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype,
