@@ -47,7 +47,7 @@ def _nothing(p: Plan):
 
 def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | None]:
     """h in q's dtype, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
-    t = p.tile("rows")
+    t = p.tile("coupling")
     tiles = triton.cdiv(p.lq, t.rows)
     c = p.common() | p.key_blocks(t.keys)
     take = "Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST"

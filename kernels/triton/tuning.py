@@ -38,6 +38,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("rows", 4, 32): Tile(16, 32, 4, 1),
         ("rows", 4, 64): Tile(16, 32, 4, 1),
         ("rows", 4, 128): Tile(16, 16, 8, 1),
+        ("coupling", 2, 128): Tile(32, 32, 4, 1),  # others as "rows"
         ("keys", 2, 16): Tile(64, 32, 8, 1),
         ("keys", 2, 32): Tile(64, 32, 8, 1),
         ("keys", 2, 64): Tile(64, 32, 8, 1),
@@ -60,16 +61,19 @@ def padded(head_dim: int) -> int:
 
 
 def tile(kernel: str, capability: int, element_size: int, padded_dim: int, interpreted: bool = False) -> Tile:
-    """Tile of a kernel ("forward", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
+    """Tile of a kernel ("forward", "coupling", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
 
     Raises:
         KeyError: no entry for this element size or padded head dim.
     """
     if interpreted:
         return INTERPRETED
-    key = (kernel, element_size, padded_dim)
-    own = TABLES.get(f"sm{capability}", {})
-    return own[key] if key in own else TABLES["any"][key]
+    for name in (kernel, "rows") if kernel == "coupling" else (kernel,):
+        key = (name, element_size, padded_dim)
+        for table in (TABLES.get(f"sm{capability}", {}), TABLES["any"]):
+            if key in table:
+                return table[key]
+    raise KeyError(key)
 
 
 def split(count: int, block: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import conftest  # noqa: E402, F401  (finds idcore.kernels)
 import torch  # noqa: E402
-from idcore.kernels import ahead, launch, launch_bwd, launch_token_loss  # noqa: E402
+from idcore.kernels import ahead, launch, launch_bwd, launch_semantic, launch_token_loss  # noqa: E402
 
 from idcore.backends.call import normalize  # noqa: E402
 
@@ -37,13 +37,22 @@ def token_loss(a) -> None:
     launch_token_loss.backward(a.q, a.k_text, a.k_text, weight, rows, torch.empty(()))
 
 
+def semantic(a) -> None:
+    """Forward and backward of `semantic_alignment`."""
+    out, lse = launch_semantic.forward(a.q, a.k_text)
+    launch_semantic.backward(a.q, a.k_text, out, out, lse)
+
+
+OTHER_OPS = {"token_loss": token_loss, "semantic": semantic}
+
+
 def main() -> None:
     for job in sys.argv[1:]:
         dtype, head_dim, merge, capability, *only = job.split(",")
-        a = arguments(getattr(torch, dtype), int(head_dim), "add" if merge == "token_loss" else merge)
+        a = arguments(getattr(torch, dtype), int(head_dim), "add" if merge in OTHER_OPS else merge)
         with ahead.recording(int(capability)) as kernels:
-            if merge == "token_loss":
-                token_loss(a)
+            if merge in OTHER_OPS:
+                OTHER_OPS[merge](a)
             else:
                 launch.forward(a)
                 if not only:

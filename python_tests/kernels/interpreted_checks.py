@@ -13,6 +13,7 @@ from cases import Case, build, check_backward, check_forward, poisoned
 from idcore.kernels import launch, launch_bwd
 
 from idcore import id_attention
+from idcore.ops.semantic_alignment import semantic_alignment
 from idcore.ops.token_attention_loss import token_attention_loss
 
 
@@ -137,6 +138,22 @@ def test_token_attention_loss(kernels, dtype, shape):
         assert ours.shape == truth.shape and size > 0
         limit = 3 * (eager - truth).abs().max().item() + (2e-6 if dtype == torch.float32 else 2e-3) * size
         assert (ours - truth).abs().max().item() <= limit + torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [{}, dict(lq=1, lt=5, d=40), dict(lq=700, lt=130, d=80)], ids=str)
+def test_semantic_alignment(kernels, dtype, shape):
+    tensors, _ = loss_inputs(dtype, **shape)
+    g = torch.randn(tensors[0].shape[0], 2, tensors[1].shape[2], tensors[0].shape[3])
+    results = []
+    for backend, to in (("triton", dtype), ("sdpa", torch.float64), ("sdpa", dtype)):
+        q, k = (t.to(to).requires_grad_() for t in (tensors[0], tensors[2]))
+        out = semantic_alignment(q, k, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out, (q, k), g.to(dtype).to(to))))
+    for ours, truth, eager in zip(*results, strict=True):
+        limit = 3 * (eager - truth).abs().max().item() + (3e-6 if dtype == torch.float32 else 1e-3)
+        assert ours.shape == truth.shape
+        assert (ours - truth).abs().max().item() <= limit * max(1.0, truth.abs().max().item())
 
 
 def random_case(seed: int) -> Case:

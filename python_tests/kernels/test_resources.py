@@ -42,10 +42,12 @@ def check(kernels: list[dict]) -> None:
 
 def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
     kernels = build_ahead("float16,64,ortho_v2,80", "bfloat16,64,ortho_v2,90", "float16,64,ortho_v2,100",
-                          "float16,64,add,90,forward", "float16,64,token_loss,90")  # fmt: skip
+                          "float16,64,add,90,forward", "float16,64,token_loss,90",
+                          "float16,64,semantic,90")  # fmt: skip
     names = {k["name"] for k in kernels}
     assert names == {"forward_kernel", "merge_kernel", "coupling_kernel", "rows_kernel", "keys_kernel",
-                     "loss_kernel", "loss_rows_kernel", "loss_keys_kernel"}  # fmt: skip
+                     "loss_kernel", "loss_rows_kernel", "loss_keys_kernel",
+                     "gather_kernel", "image_kernel", "text_kernel"}  # fmt: skip
     check(kernels)
 
 

@@ -1,0 +1,108 @@
+"""`semantic_alignment`: what each text token gathers from the image queries (PuLID's semantic alignment)."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import triton
+from ..backends.call import Call
+from ..backends.reference import rows as rows_of
+from ..errors import InputError, NoBackendError
+
+BACKENDS = ("triton", "sdpa")
+
+
+def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> Tensor:
+    """softmax over the image tokens of k q^T / sqrt D, times q.
+
+    The two sides of PuLID's L_align-sem (equation 3) are this function of the queries with and without
+    identity: the response of the text's keys to the UNet's features. No score matrix is stored.
+
+    Args:
+        q: Image queries. [B, H, Lq, D], float32, bfloat16, float16 (float64: sdpa backend). Any strides.
+        k: Text keys. [Bt, H, Lt, D], dtype of q; Bt divides B, sample b takes row b * Bt // B.
+        backend: "triton" or "sdpa" (PyTorch's own attention). Default: the first that can run the call.
+
+    Returns:
+        [B, H, Lt, D], dtype of q, accumulated in float32.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together.
+        NoBackendError: the named backend cannot run this call; says why.
+    """
+    _check(q, k)
+    if _choose(q, k, backend) == "triton":
+        return torch.ops.idcore.semantic_fwd(q, k)[0]
+    return F.scaled_dot_product_attention(rows_of(k, q.shape[0]), q, q)
+
+
+def _check(q: Tensor, k: Tensor) -> None:
+    if q.dim() != 4 or 0 in q.shape:
+        raise InputError(f"semantic_alignment: q must be [B, H, Lq, D] without a 0, got {list(q.shape)}")
+    b, h, _, d = q.shape
+    if k.dim() != 4 or (k.shape[1], k.shape[3]) != (h, d) or 0 in k.shape or b % k.shape[0]:
+        want = f"[1 or B, H, Lt, D] = [1 or {b}, {h}, Lt, {d}]"
+        raise InputError(f"semantic_alignment: k must be {want}, got {list(k.shape)}")
+    if k.dtype != q.dtype or k.device != q.device:
+        raise InputError(
+            f"semantic_alignment: k is {k.dtype} on {k.device}, q is {q.dtype} on {q.device}; "
+            "move and cast it with .to(q)"
+        )
+
+
+def _choose(q: Tensor, k: Tensor, backend: str | None) -> str:
+    if backend not in (None, *BACKENDS):
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "sdpa":
+        return backend
+    b, h, lq, d = q.shape
+    call = Call(q.device.type, q.dtype, b, h, lq, k.shape[2], d, (), "add", False, False, False, False, True)
+    reasons = triton.why_not(call)
+    if backend is None:
+        return "sdpa" if reasons or q.device.type == "cpu" else "triton"
+    if reasons:
+        text = "; ".join(reasons)
+        raise NoBackendError(f"semantic_alignment: backend 'triton' cannot run this call: {text}")
+    return backend
+
+
+def _kernels():
+    return importlib.import_module("idcore.kernels.launch_semantic")
+
+
+@torch.library.custom_op("idcore::semantic_fwd", mutates_args=())
+def _fwd(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return _kernels().forward(q, k)
+
+
+@_fwd.register_fake
+def _fwd_fake(q, k):
+    b, h, _, d = q.shape
+    return q.new_empty(b, h, k.shape[2], d), q.new_empty(b, h, k.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("idcore::semantic_bwd", mutates_args=())
+def _bwd(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    dq, dk = _kernels().backward(q, k, g, out, lse)
+    return dq.contiguous(), dk.contiguous()
+
+
+@_bwd.register_fake
+def _bwd_fake(q, k, g, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, g, _):
+    return torch.ops.idcore.semantic_bwd(*ctx.saved_tensors[:2], g, *ctx.saved_tensors[2:])
+
+
+_fwd.register_autograd(_backward, setup_context=_setup)
