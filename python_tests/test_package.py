@@ -68,7 +68,5 @@ def test_env_report_survives_and_is_json():
 
 
 def test_env_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "idcore.env", "--json"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "idcore.env", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["command"] == "python -m idcore.env --json"

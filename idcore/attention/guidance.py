@@ -30,8 +30,7 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
         return lambda: rows
     if cfg != "auto":
         raise InputError(
-            f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, "
-            f"got {cfg!r}"
+            f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, got {cfg!r}"
         )
     kind = type(pipe)
     if not hasattr(kind, "do_classifier_free_guidance") or hasattr(kind, "image_guidance_scale"):

@@ -39,9 +39,7 @@ class Binding:
     def pick(self, given: dict[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
         """The arguments that were given and that the found processor takes."""
         takes_all = "kwargs" in self.accepts
-        return {
-            k: v for k, v in given.items() if v is not None and k not in but and (k in self.accepts or takes_all)
-        }
+        return {k: v for k, v in given.items() if v is not None and k not in but and (k in self.accepts or takes_all)}
 
 
 class IdAttnProcessor:

@@ -60,9 +60,7 @@ def why_not(call: Call) -> list[str]:
     """Reasons against running the call here."""
     reasons = list(_installation())
     if call.device == "cpu" and not interpreted():
-        reasons.append(
-            "tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)"
-        )
+        reasons.append("tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)")
     elif call.device not in ("cpu", "cuda"):
         reasons.append(f"device={call.device} (needs cuda)")
     if call.device == "cuda":

@@ -104,9 +104,7 @@ def _choose(q: Tensor, k: Tensor, backend: str | None) -> str:
     return backend
 
 
-def _chunks(
-    q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _chunks(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Per chunk of image tokens: its slice, p, p - r [B, H, chunk, Lt] and w [B, 1, 1, Lt]"""
     b, factor = q.shape[0], q.shape[-1] ** -0.5
     keys, keys_ref = rows_of(wide(k), b).transpose(-1, -2), rows_of(wide(k_ref), b).transpose(-1, -2)

@@ -20,8 +20,7 @@ ADD, ORTHO, ORTHO_V2 = 0, 1, 2
 
 
 @triton.jit
-def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D: tl.constexpr,
-               BD: tl.constexpr):
+def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D: tl.constexpr, BD: tl.constexpr):
     """This tile's sum over rows of w h i and w h h, into PART [tiles, N, 2, B*H, D]."""
     cols = tl.arange(0, BD)
     wh = h * w[:, None]
@@ -79,8 +78,7 @@ def forward_kernel(
 
 
 @triton.jit
-def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constexpr, BD: tl.constexpr,
-          BT: tl.constexpr):
+def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
     """alpha of identity j, [BD]: the tiles' sums added in a fixed order; 0 where the denominator is 0."""
     cols = tl.arange(0, BD)
     num = tl.zeros([BT, BD], tl.float32)

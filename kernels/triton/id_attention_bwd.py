@@ -122,8 +122,7 @@ def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, g
 
 
 @triton.jit
-def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr, D: tl.constexpr,
-                   BD: tl.constexpr):
+def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Gradient of i, of h (added to dh), and the tile's part of dscale."""
     wg = g * w[:, None]
     di = wg * s
@@ -162,8 +161,7 @@ def rows_kernel(
         s_bias = sbias[3]
     lse_t = row_values(LSE_T, bh * LQ + rows, inside)
     kt, vt = KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1]
-    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT,
-                        False, UPCAST)
+    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT, False, UPCAST)
     dh = g
     dq = tl.zeros([BM, BD], tl.float32)
     for j in tl.static_range(N):

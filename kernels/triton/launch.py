@@ -70,8 +70,7 @@ class Plan:
         """Arguments that every kernel with q and the keys takes."""
         a = self.a
         wide = a.mask is not None and a.mask.shape[1] == 1
-        mask_strides = None if a.mask is None else (a.mask.stride(0), 0 if wide else a.mask.stride(1),
-                                                    a.mask.stride(2))
+        mask_strides = None if a.mask is None else (a.mask.stride(0), 0 if wide else a.mask.stride(1), a.mask.stride(2))
         from_tensor = isinstance(a.scale, Tensor)
         return dict(
             Q=a.q, KT=a.k_text, VT=a.v_text, KI=a.k_id or None, VI=a.v_id or None,

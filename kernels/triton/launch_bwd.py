@@ -106,8 +106,7 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tup
     c = p.common()
     v2 = j is not None and p.merge == fwd.ORTHO_V2
     text = dict(BIAS=c["BIAS"], SCALE=None, MASK=None, sbias=c["sbias"], sscale=None, smask=None)
-    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"],
-                 smask=c["smask"])
+    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"], smask=c["smask"])
     start(
         kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
         **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),

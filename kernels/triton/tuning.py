@@ -78,7 +78,7 @@ def tile(kernel: str, capability: int, element_size: int, padded_dim: int, inter
 
 def split(count: int, block: int) -> tuple[int, int, int]:
     """Cut `count` keys into (block, keys covered by whole blocks,
-                              last block or 0); the last is a power of two >= 16."""
+    last block or 0); the last is a power of two >= 16."""
     whole = count // block * block
     rest = count - whole
     return block, whole, min(padded(rest), block) if rest else 0

@@ -59,8 +59,7 @@ def main() -> None:
                     launch_bwd.backward(a, a.q)
         for kernel in kernels:
             built = dataclasses.asdict(ahead.read(kernel, int(capability)))
-            print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype,
-                             "job": job}))
+            print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype, "job": job}))
 
 
 if __name__ == "__main__":

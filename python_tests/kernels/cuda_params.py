@@ -16,8 +16,7 @@ def _struct(name: str, **fields):
 
 
 HeadTensor = _struct(
-    "HeadTensor", data=c.c_void_p, batch=c.c_int64, stride_batch=c.c_int64, stride_head=c.c_int64,
-    stride_row=c.c_int64
+    "HeadTensor", data=c.c_void_p, batch=c.c_int64, stride_batch=c.c_int64, stride_head=c.c_int64, stride_row=c.c_int64
 )
 TextBias = _struct(
     "TextBias", data=c.c_void_p, dtype=c.c_int32, stride_batch=c.c_int64, stride_head=c.c_int64,

@@ -101,14 +101,15 @@ def test_statistics_of_forward_spare_backward_the_recomputation(kernels):
 def test_the_op_takes_the_backend_for_both_directions(kernels):
     a, truth = build(BASE.with_(merge="ortho_v2"))
     q = a.q.detach().requires_grad_()
-    out = id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8,
-                       backend="triton")
+    out = id_attention(
+        q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="triton"
+    )
     check_forward(BASE, out.detach(), a, truth)
     out.sum().backward()
     expected = torch.autograd.grad(
-        id_attention(q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8,
-                     backend="reference")
-        .sum(),
+        id_attention(
+            q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=0.8, merge="ortho_v2", num_zero=8, backend="reference"
+        ).sum(),
         q,
     )[0]
     assert (q.grad - expected).abs().max() < 2e-5

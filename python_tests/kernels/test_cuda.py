@@ -82,15 +82,16 @@ def test_importing_the_backend_needs_no_driver():
 def test_on_a_gpu_the_same_rule_and_the_same_bits_every_time(backend, merge, head_dim):
     from cases import check_forward
 
-    case = Case(dtype=torch.float16, merge=merge, d=head_dim, lq=1025, li=(5, 32), rows=(1, 2), scale=(0.7,
-                                                                                                       -0.4),
-                                                                                                       mask=True)
+    case = Case(
+        dtype=torch.float16, merge=merge, d=head_dim, lq=1025, li=(5, 32), rows=(1, 2), scale=(0.7, -0.4), mask=True
+    )
     a, truth = build(case)
     on_gpu = [t.cuda() for t in (a.q, a.k_text, a.v_text)]
     ids = [[t.cuda() for t in side] for side in (a.k_id, a.v_id)]
     results = [
-        id_attention(*on_gpu, *ids, id_scale=(0.7, -0.4), id_mask=a.mask.cuda(), merge=merge, num_zero=8,
-                     backend=backend)
+        id_attention(
+            *on_gpu, *ids, id_scale=(0.7, -0.4), id_mask=a.mask.cuda(), merge=merge, num_zero=8, backend=backend
+        )
         for _ in range(20)
     ]
     check_forward(case, results[0].cpu(), a, truth)

@@ -19,8 +19,7 @@ from cases import Case, build, check_forward, poisoned
 from cuda_params import Params, params
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c++17", "-O2", "-mf16c", "-mavx2", "-Wall", "-Wextra", "-shared", "-fPIC",
-         f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++17", "-O2", "-mf16c", "-mavx2", "-Wall", "-Wextra", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
 
 
 def compile_library(folder: Path, *flags: str):
@@ -29,8 +28,7 @@ def compile_library(folder: Path, *flags: str):
         pytest.skip("no g++ to compile the kernels for the host")
     path = folder / "emulated.so"
     source = Path(__file__).with_name("emulate.cpp")
-    done = subprocess.run(["g++", *FLAGS, *flags, str(source), "-o", str(path)], capture_output=True,
-                          text=True)
+    done = subprocess.run(["g++", *FLAGS, *flags, str(source), "-o", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     library = ctypes.CDLL(str(path))
@@ -76,8 +74,7 @@ CASES = {
     "one row": (BASE.with_(merge="ortho_v2", lq=1, num_global=9), 1),
     "not aligned": (BASE.with_(merge="ortho_v2", layout="holes", lq=20), 2),
     "rows cut out": (BASE.with_(layout="cut", lq=63), 4),
-    "identity without tokens": (BASE.with_(merge="ortho_v2", li=(0, 37), rows=(1, 1), scale=(1.0, 0.0),
-                                           zero=3), 2),
+    "identity without tokens": (BASE.with_(merge="ortho_v2", li=(0, 37), rows=(1, 1), scale=(1.0, 0.0), zero=3), 2),
     "no identity": (BASE.with_(merge="ortho", li=(), rows=(), scale=1.0), 2),
     "no zero tokens, cond and uncond": (BASE.with_(b=4, h=1, lq=16, rows=(2,), zero=0), 1),
 }

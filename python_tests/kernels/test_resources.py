@@ -81,8 +81,7 @@ def cuda_binary(folder: Path) -> Path:
 
 
 def cuobjdump(*arguments: str) -> str:
-    return subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")

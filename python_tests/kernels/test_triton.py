@@ -22,8 +22,7 @@ CHECKS = Path(__file__).with_name("interpreted_checks.py")
 def run_checks(*selection: str, timeout: int) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(CHECKS), *selection]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout,
-                          cwd=CHECKS.parents[2])
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=CHECKS.parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
