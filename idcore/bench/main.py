@@ -46,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--merge", type=_names(id_attention.MERGES), default=id_attention.MERGES)
         p.add_argument("--batch", type=_numbers, default=(1, 2), help="batch sizes, such as 1,2")
         p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")
+        p.add_argument(
+            "--clock", choices=("wall", "cpu"), default="wall",
+            help="cpu: the process's CPU time, for a machine that others use too; needs --threads 1",
+        )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
     for p in commands.choices.values():
@@ -62,6 +66,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 1 when a backend was wrong: then no time is printed for that row."""
     options = _parser().parse_args(argv)
+    if getattr(options, "clock", "wall") == "cpu" and options.threads != 1:
+        raise SystemExit("bench: --clock cpu adds up all threads and their waiting; use it with --threads 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)

@@ -20,12 +20,12 @@ def _module():
     return _C
 
 
-def gflops(threads: int, dtype: str = "fp32", seconds: float = 0.2) -> float:
-    """Multiply-add rate in registers of the instruction set in use, over `threads` threads.
+def gflops(threads: int, dtype: str = "fp32", windows: int = 15) -> float:
+    """Multiply-add rate in registers of the instruction set in use, over `threads` threads: the best of some windows.
 
     bf16 means the bf16 dot product where the instruction set has one, else what fp32 reaches.
     """
-    return _module().cpu_peak_gflops(threads, seconds, dtype == "bf16")
+    return max(_module().cpu_peak_gflops(threads, 0.01, dtype == "bf16") for _ in range(windows))
 
 
 def rows(threads: int) -> list[dict[str, Any]]:

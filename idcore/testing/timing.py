@@ -31,25 +31,27 @@ def _wait(device: str) -> None:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 3, device: str = "cpu"
-) -> dict[str, Timing]:
-    """Median wall time of each call over `rounds` turns.
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 3, device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:  # fmt: skip
+    """Median time of each call over `rounds` turns.
 
     Args:
         calls: by name; called without arguments.
         rounds: turns; each runs every call once, in order.
         warmup: turns that are not counted (compilation, caches, workspaces).
         device: "cuda" waits for the device before and after each call.
+        clock: seconds; wall time, or `time.process_time` for single-threaded calls on a machine that others use too.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             _wait(device)
             if turn >= warmup:
-                samples[name].append((time.perf_counter() - start) * 1e3)
+                samples[name].append((clock() - start) * 1e3)
     return {name: _summary(s) for name, s in samples.items()}
 
 

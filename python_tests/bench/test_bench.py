@@ -84,6 +84,11 @@ def test_rows_have_the_documented_form(capsys):
         assert row["share_of_peak"] > 0 and row["floor_ms"] > 0
 
 
+def test_cpu_clock_needs_one_thread(capsys):
+    with pytest.raises(SystemExit, match="use it with --threads 1"):
+        main(("id_attention", *SHORT, "--clock", "cpu"))
+
+
 def test_red_parity_prints_no_time(capsys, monkeypatch):
     pytest.importorskip("idcore._C", reason="the compiled module is not built")
     right = cpu.forward
