@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,38 +11,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageOps
 
 from .encoders.images import ImageLike
+from .env import command_line, machine
 from .errors import InputError
 
 PHOTO = Path(__file__).resolve().parent / "assets" / "photos" / "astronaut.png"
 TILE, LINE = 128, 14  # pixels of a picture in the grid and of a line of text
-
-
-def machine() -> dict[str, Any]:
-    """Where figures were made: processor, cores, torch and, in a checkout, the commit."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    isa = torch.backends.cpu.get_cpu_capability()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "isa": isa,
-        "gpu": None,
-        "driver": None,
-        "torch": torch.__version__,
-        "triton": None,
-        "commit": commit,
-    }
 
 
 def run_demo(
@@ -76,7 +46,7 @@ def run_demo(
     pipe, judge = TinyPipeline.from_package(), Judge()
     picture = _load(photo)
     identity = pipe.encode(picture)
-    result: dict[str, Any] = {"machine": machine(), "command": "idcore demo --json"}
+    result: dict[str, Any] = {"machine": machine(), "command": command_line()}
     if gate:
         result["procedural"], others = procedural_gate(pipe, judge, progress=print_progress)
     else:
