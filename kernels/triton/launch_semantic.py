@@ -17,7 +17,7 @@ from .launch_bwd import TARGET_PROGRAMS, _fold
 
 def _tile(q: Tensor, k: Tensor) -> tuple[tuning.Tile, dict, dict]:
     """Tile, arguments of every kernel, Triton's options."""
-    t = tuning.tile("rows", capability(q.device), q.element_size(), tuning.padded(q.shape[3]), INTERPRETED)
+    t = tuning.tile("keys", capability(q.device), q.element_size(), tuning.padded(q.shape[3]), INTERPRETED)
     d = q.shape[3]
     shared = dict(
         Q=q, K=k, sq=q.stride(), sk=k.stride(), DIV=q.shape[0] // k.shape[0], LQ=q.shape[2], LT=k.shape[2],
