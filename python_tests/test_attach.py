@@ -207,6 +207,9 @@ def test_no_stale_keys_after_a_training_step(setup):
         grads = torch.autograd.grad(out.square().mean(), list(system.parameters()))
         assert all(g.abs().max() > 0 for g in grads)
         assert torch.equal(run(unet, inputs), old)
+        count = system.projections
+        run(unet, inputs)
+        assert system.projections == count  # without gradients the keys are kept
         with torch.no_grad():
             for p in system.parameters():
                 p.mul_(1.5)

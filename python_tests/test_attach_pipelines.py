@@ -209,32 +209,26 @@ def test_ip_adapter_before_or_after_is_the_same(pipe, merge):
 
 
 def test_one_layer_is_text_plus_ip_plus_identity(pipe):
-    load_ip(pipe)
     unet = pipe.unet
     site = find_sites(unet)[0]
     attn = unet.get_submodule(site.path)
     system = TinySystem(unet, options=V2)
     x = torch.randn(2, 9, attn.to_q.in_features)
-    text, image = torch.randn(2, 7, attn.to_k.in_features), torch.randn(2, 1, 4, attn.to_k.in_features)
-    states = (text, [image.squeeze(1)])
+    text, image = torch.randn(2, 7, attn.to_k.in_features), torch.randn(2, 4, attn.to_k.in_features)
 
-    def layer():
-        return attn(x, encoder_hidden_states=states)
+    def layer(states):
+        return attn(x, encoder_hidden_states=states) - attn.to_out[0].bias
 
-    def without_bias(y):
-        return y - attn.to_out[0].bias
-
-    pipe.set_ip_adapter_scale(0.6)
-    text_ip = without_bias(layer())
-    pipe.set_ip_adapter_scale(0.0)
-    text_only = without_bias(layer())
+    text_only = layer(text)
     with idcore.attach(unet, system, system.identity()):
-        text_id = without_bias(layer())
-        pipe.set_ip_adapter_scale(0.6)
-        close(without_bias(layer()), text_id + text_ip - text_only, 1e-5)
+        text_id = layer(text)
+    load_ip(pipe)
+    pipe.set_ip_adapter_scale(0.6)
+    text_ip = layer((text, [image]))
+    with idcore.attach(unet, system, system.identity()):
+        close(layer((text, [image])), text_id + text_ip - text_only, 1e-5)
         # The old form, image tokens behind the text tokens.
-        joined = torch.cat([text, image.squeeze(1)], 1)
-        close(without_bias(attn(x, encoder_hidden_states=joined)), text_id + text_ip - text_only, 1e-5)
+        close(layer(torch.cat([text, image], 1)), text_id + text_ip - text_only, 1e-5)
 
 
 def test_ip_adapter_masks_and_weights_while_attached():

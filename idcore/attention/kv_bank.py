@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,15 @@ Pair = tuple[Tensor, Tensor]
 
 def normal_mode() -> contextlib.AbstractContextManager:
     """Leaves inference mode: a tensor made in it that is kept could never serve a later call with gradients."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _outside_inference_mode()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    recording = torch.is_grad_enabled()
+    # inference_mode(False) alone would switch gradients on.
+    with torch.inference_mode(False), torch.set_grad_enabled(recording):
+        yield
 
 
 def people_of(identity: Any, system: Any) -> tuple[Any, ...]:
@@ -59,6 +67,7 @@ class KvBank:
         self.sites = {site.name: site for site in sites}
         self._kept: dict[str, dict[Any, Any]] = {}
         self._versions_seen: tuple[tuple[int, bool], ...] = ()
+        self._place: tuple[torch.dtype, torch.device] | None = None
 
     def __len__(self) -> int:
         return sum(len(layer) for layer in self._kept.values())
@@ -68,15 +77,20 @@ class KvBank:
         self._kept = {}
 
     def begin(self) -> None:
-        """Called before each forward of the UNet: drop what became untrue by changes in place."""
+        """Called before each forward of the UNet: replace what became untrue by changes in place."""
         versions = self._versions()
         if versions != self._versions_seen:
             self.forget()
             self._versions_seen = versions
+        wanted_anew = torch.is_grad_enabled() and self._trainable()
+        if self._place is not None and not self._kept and not wanted_anew:
+            # A compiled graph cannot keep what it projects: have it ready.
+            self.fill(*self._place)
 
     def fill(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Project everything now."""
-        self.begin()
+        """Project everything now, and again whenever it was dropped."""
+        self._place = (dtype, device)
+        self._versions_seen = self._versions()
         like = torch.empty(0, dtype=dtype, device=device)
         for name in self.sites:
             for rows in HALVES:

@@ -77,6 +77,21 @@ def test_batches_of_guidance_halves(rows, batch):
         close(run(unet, inputs), truth)
 
 
+def test_one_mask_per_image_in_both_halves():
+    unet, inputs = tiny_unet("sd"), tiny_inputs("sd", batch=4)
+    system = TinySystem(unet, options=MERGES[1])
+    person = system.identity()
+    mask = torch.rand(2, 4, 4)
+
+    def tokens_mask(j, site):
+        side = 8 if unet.get_submodule(site.path).to_q.in_features == 32 else 4
+        return to_tokens(mask, (side, side)).repeat(2, 1)
+
+    truth = naive_unet(unet, system, inputs, [(person, 1.0)], rows=("uncond", "cond"), masks=tokens_mask)
+    with attach(unet, system, person, cfg=True, id_mask=mask):
+        close(run(unet, inputs), truth)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_without_uncond_tokens_the_uncond_half_stays_untouched(rows):
     unet, inputs = tiny_unet("sd"), tiny_inputs("sd", batch=4)
