@@ -66,7 +66,9 @@ def why_not(call: Call) -> list[str]:
     if call.device == "cuda":
         if torch.version.hip:
             reasons.append("PyTorch is a ROCm build (the kernels are compiled for NVIDIA GPUs only)")
-        elif torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        elif not torch.cuda.is_available():
+            reasons.append("no usable CUDA device (no driver, no GPU, or a PyTorch without CUDA)")
+        elif torch.cuda.get_device_capability()[0] < 8:
             reasons.append("the GPU is older than sm_80")
         if _compiler_missing():
             reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")

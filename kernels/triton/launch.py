@@ -36,7 +36,12 @@ def start(kernel, grid: tuple[int, ...], config: dict, **arguments) -> None:
     ahead = ahead_of_time.get()
     if ahead is not None:
         return ahead[0](kernel, grid, {**arguments, **config})
-    kernel[grid](**arguments, **config)
+    on = arguments["Q" if "Q" in arguments else "OUT"].device
+    if on.type == "cuda" and on.index != torch.cuda.current_device():
+        with torch.cuda.device(on):  # Triton launches on the current device
+            kernel[grid](**arguments, **config)
+    else:
+        kernel[grid](**arguments, **config)
 
 
 def capability(device: torch.device) -> int:
