@@ -15,12 +15,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   merge_rows<T>(task);
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 0;
-  return count;
+// Of the current device; without one, the least that sm_80 and newer have.
+Limits device_limits() {
+  Limits limits{0, 99 * 1024};
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return limits;
 }
 
 cudaError_t launch_first(const Task& task, const Sizes& s, cudaStream_t stream) {
@@ -65,14 +68,12 @@ const char* id_attention_refusal(const IdAttentionParams& p) {
   return nullptr;
 }
 
-int64_t id_attention_workspace(const IdAttentionParams& p) {
-  return sizes_of(p, 0, multiprocessors()).total();
-}
+int64_t id_attention_workspace(const IdAttentionParams& p) { return sizes_of(p, 0, device_limits()).total(); }
 
 int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream) {
   if (id_attention_refusal(p)) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.heads == 0 || p.lq == 0) return cudaSuccess;
-  const Sizes s = sizes_of(p, 0, multiprocessors());
+  const Sizes s = sizes_of(p, 0, device_limits());
   unsigned char* const scratch = static_cast<unsigned char*>(workspace);
   Task task{};
   task.p = p;

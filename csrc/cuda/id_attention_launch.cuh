@@ -18,6 +18,8 @@ __global__ void __launch_bounds__(32 * max_warps(kTwo), kHeadDim <= 64 ? 2 : 1)
 
 template <class T, int kHeadDim, bool kTwo>
 cudaError_t launch_attend_as(const Task& task, const Sizes& s, cudaStream_t stream) {
+  static_assert(Geometry<kHeadDim>::shared_bytes(5) == attend_shared_bytes(kHeadDim, 5),
+                "one of them is stale");
   const IdAttentionParams& p = task.p;
   const auto kernel = attend_kernel<T, kHeadDim, kTwo>;
   const int bytes = static_cast<int>(Geometry<kHeadDim>::shared_bytes(s.warps));

@@ -9,6 +9,11 @@
 namespace idcore {
 namespace cuda {
 
+struct Limits {
+  int32_t multiprocessors;
+  int32_t shared_bytes;  // of one block, at most
+};
+
 struct Sizes {
   int32_t warps;   // of a block of attend_kernel
   int32_t blocks;  // of it along the rows
@@ -24,16 +29,24 @@ inline bool two_passes(const IdAttentionParams& p) { return p.merge != Merge::kA
 // of head dim 64 still fit on a multiprocessor, and nothing spills.
 constexpr int max_warps(bool two) { return two ? 6 : 8; }
 
+// Shared memory of a block of attend_kernel: two stages of 32 keys and values, then of each warp its rows,
+// its running result and its part of the sums.
+constexpr int64_t attend_shared_bytes(int64_t head_dim, int64_t warps) {
+  const int64_t pitch = (head_dim + 15) / 16 * 16 + 8;
+  return 2 * (2 * 2 * 32 * pitch + warps * 16 * pitch) + 4 * warps * (16 * head_dim + 2 * head_dim);
+}
+
 // Many warps a block save reads of K and V; fewer where the call is too small to fill the GPU with such
-// blocks. `warps` forces it, 0 chooses.
-inline Sizes sizes_of(const IdAttentionParams& p, int32_t warps, int32_t multiprocessors) {
+// blocks, or where shared memory is short (99 KB on sm_89). `warps` forces it, 0 chooses.
+inline Sizes sizes_of(const IdAttentionParams& p, int32_t warps, const Limits& limits) {
   Sizes s{};
   s.warps = warps;
   if (warps == 0) {
     s.warps = max_warps(two_passes(p));
     while (s.warps > 1 &&
-           (p.lq + s.warps * 16 - 1) / (s.warps * 16) * p.heads * p.batch < 2 * multiprocessors)
+           (p.lq + s.warps * 16 - 1) / (s.warps * 16) * p.heads * p.batch < 2 * limits.multiprocessors)
       s.warps /= 2;
+    while (s.warps > 1 && attend_shared_bytes(p.head_dim, s.warps) > limits.shared_bytes) --s.warps;
   }
   s.blocks = static_cast<int32_t>((p.lq + s.warps * 16 - 1) / (s.warps * 16));
   if (!two_passes(p)) return s;

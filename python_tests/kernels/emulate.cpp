@@ -52,10 +52,16 @@ bool by_head_dim(const Task& task, const Sizes& s, uint32_t seed) {
 
 extern "C" int64_t params_bytes() { return sizeof(IdAttentionParams); }
 
+// Warps of a block on a GPU with these limits, and whether its shared memory suffices.
+extern "C" int planned_warps(const IdAttentionParams* p, int multiprocessors, int shared_bytes) {
+  const Sizes s = sizes_of(*p, 0, {multiprocessors, shared_bytes});
+  return attend_shared_bytes(p->head_dim, s.warps) <= shared_bytes ? s.warps : -1;
+}
+
 // Null, or what went wrong.
 extern "C" const char* id_attention_emulated(const IdAttentionParams* p, int warps, uint32_t seed) {
   try {
-    const Sizes s = sizes_of(*p, warps, 132);
+    const Sizes s = sizes_of(*p, warps, {132, 227 * 1024});
     std::vector<unsigned char> workspace(s.total() + 1, 0xff);
     Task task{};
     task.p = *p;

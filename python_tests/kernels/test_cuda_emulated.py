@@ -89,6 +89,17 @@ def test_struct_layout_is_the_same_here_and_in_csrc(library):
     assert library.params_bytes() == ctypes.sizeof(Params)
 
 
+@pytest.mark.parametrize("merge", ["add", "ortho_v2"])
+@pytest.mark.parametrize("d", [40, 64, 80, 128, 160])
+def test_blocks_fit_the_shared_memory_of_every_generation(library, d, merge):
+    a, _ = build(BASE.with_(d=d, merge=merge, h=20, lq=1024))
+    p = ctypes.byref(params(a, torch.empty_like(a.q)))
+    sm89, sm80, sm90 = (library.planned_warps(p, *x) for x in ((128, 101376), (108, 166912), (132, 232448)))
+    assert 1 <= sm89 <= 8 and 1 <= sm80 <= 8 and 1 <= sm90 <= 8
+    a, _ = build(BASE.with_(d=d, merge=merge, lq=17))
+    assert library.planned_warps(ctypes.byref(params(a, torch.empty_like(a.q))), 132, 232448) == 1  # few rows
+
+
 def test_leaving_barriers_out_is_noticed(tmp_path):
     broken = compile_library(tmp_path, "-DIDCORE_EMULATE_NO_BARRIER", "-O1")
     a, truth = build(BASE.with_(merge="ortho"))
