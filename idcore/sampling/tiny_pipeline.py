@@ -112,8 +112,9 @@ class TinyPipeline:
 
         Args:
             prompt: one, or several. Known: the styles photo, pencil, oil, cartoon, sepia, night; ten background
-                colours; neutral, smiling, surprised; front, left, right. What is not said stays as in the photo. The shipped weights
-                follow backgrounds, pencil and night well, other styles faintly, expressions and poses hardly.
+                colours; neutral, smiling, surprised; front, left, right. What is not said stays as in the photo.
+                The shipped weights follow backgrounds, pencil and night well, other styles faintly, expressions
+                and poses hardly.
             identity: from `encode`, or a photo (encoded on the spot), or None: some person.
             id_scale: 0 leaves the identity out; between 0 and 1 its map is faded alike; above 1 only the attention
                 grows. Usual range 0 to 2.
