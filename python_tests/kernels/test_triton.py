@@ -28,7 +28,7 @@ def run_checks(*selection: str, timeout: int) -> str:
 
 
 def test_interpreted_kernels_agree_with_float64():
-    assert " passed" in run_checks("-m", "not nightly", timeout=900)
+    assert " passed" in run_checks("-m", "not nightly", timeout=1800)
 
 
 @pytest.mark.nightly
