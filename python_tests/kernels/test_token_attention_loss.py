@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from idcore.errors import InputError, NoBackendError
-from idcore.ops import token_attention_loss as module
-from idcore.ops.token_attention_loss import token_attention_loss
+from idcore.ops import token_attention_loss
 
 
 def tensors(b=2, h=2, lq=50, lt=9, d=16, dtype=torch.float64, keys=2):
@@ -33,7 +34,9 @@ def by_maps(q, k, k_ref, tokens=None):
 @pytest.mark.parametrize("keys", [1, 2])
 @pytest.mark.parametrize("chosen", [None, [2, 3], "weights"])
 def test_value_and_gradients_are_those_of_the_definition(monkeypatch, keys, chosen):
-    monkeypatch.setattr(module, "CHUNK", 16)  # several chunks, the last one short
+    monkeypatch.setattr(
+        sys.modules["idcore.ops.token_attention_loss"], "CHUNK", 16
+    )  # several chunks, the last one short
     q, k, k_ref = tensors(keys=keys)
     tokens = None
     if chosen == "weights":
