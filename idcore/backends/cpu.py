@@ -13,18 +13,15 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from .call import Args, Call
+from .native import DTYPES, MAX_IDENTITIES, call_tuples
 
 NAME = "cpu"
 DIFFERENTIABLE = False
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MERGES = {"add": 0, "ortho": 1, "ortho_v2": 2}
 MAX_HEAD_DIM = 256
-MAX_IDENTITIES = 16
 
 
 @functools.cache
@@ -59,46 +56,13 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def _head_tensor(t: Tensor) -> tuple[int, ...]:
-    return (t.data_ptr(), t.shape[0], *t.stride()[:3])
-
-
-def _bias(a: Args) -> tuple[tuple[int, ...], Tensor | None]:
-    """The kernel's view of text_bias, and the tensor that must live as long."""
-    if a.text_bias is None:
-        return (), None
-    full = (a.q.shape[0], a.q.shape[1], a.q.shape[2], a.k_text.shape[2])
-    t = a.text_bias if a.text_bias.dtype in DTYPES else a.text_bias.float()
-    t = t.expand(full)
-    return (t.data_ptr(), DTYPES[t.dtype], *t.stride()), t
-
-
-def _identities(a: Args) -> tuple[tuple, ...]:
-    views = []
-    for j, (k, v) in enumerate(zip(a.k_id, a.v_id, strict=True)):
-        scale = (a.scale[j], 0, 0)
-        if isinstance(a.scale, Tensor):
-            row = a.scale[j]
-            scale = (0.0, row.data_ptr(), row.stride(0))
-        mask = (0, 0, 0)
-        if a.mask is not None:
-            m = a.mask[j]
-            mask = (m.data_ptr(), m.stride(0) if m.shape[0] > 1 else 0, m.stride(1))
-        views.append((_head_tensor(k), _head_tensor(v), k.shape[2], *scale, *mask))
-    return tuple(views)
-
-
 def forward(a: Args, out: Tensor | None = None) -> Tensor:
     """[B, H, Lq, D], dtype of q, in memory order B, Lq, H, D; written into `out` if given."""
     q = a.q
     b, h, lq, d = q.shape
     direct = out is not None and (out.stride(3) == 1 or d == 1)
     result = out if direct else q.new_empty(b, lq, h, d).transpose(1, 2)
-    bias, kept_alive = _bias(a)
-    numbers = (DTYPES[q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global)
-    _load()[0].id_attention_cpu(
-        numbers, _head_tensor(q), _head_tensor(a.k_text), _head_tensor(a.v_text), _head_tensor(result), bias,
-        _identities(a),
-    )  # fmt: skip
-    del kept_alive
+    tuples, keep = call_tuples(a, result)
+    _load()[0].id_attention_cpu(*tuples)
+    del keep
     return result if out is None or direct else out.copy_(result)

@@ -12,16 +12,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import native
 from .call import Args, Call
 
 NAME = "cuda"
 DIFFERENTIABLE = False
 
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-MERGES = {"add": 0, "ortho": 1, "ortho_v2": 2}
+DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (40, 64, 80, 128, 160)
-MAX_IDENTITIES = 16
-BIAS_DTYPES = {torch.float32: 0, **DTYPES}
 
 
 @functools.cache
@@ -60,8 +58,8 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"dtype={dtype} (bfloat16 or float16: the kernels use 16-bit tensor cores)")
     if call.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim={call.head_dim} (one of {', '.join(map(str, HEAD_DIMS))})")
-    if len(call.li) > MAX_IDENTITIES:
-        reasons.append(f"{len(call.li)} identities (at most {MAX_IDENTITIES})")
+    if len(call.li) > native.MAX_IDENTITIES:
+        reasons.append(f"{len(call.li)} identities (at most {native.MAX_IDENTITIES})")
     if max(call.heads, call.batch) > 65535:
         reasons.append("more than 65535 heads or samples")
     if not call.dense_last_dim:
@@ -71,40 +69,9 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def _head_tensor(t: Tensor) -> tuple[int, ...]:
-    return (t.data_ptr(), t.shape[0], *t.stride()[:3])
-
-
-def _bias(a: Args) -> tuple[tuple[int, ...], Tensor | None]:
-    """The kernel's view of text_bias, and the tensor that must live as long."""
-    if a.text_bias is None:
-        return (), None
-    t = a.text_bias if a.text_bias.dtype in (torch.float32, a.q.dtype) else a.text_bias.float()
-    t = t.expand(*a.q.shape[:3], a.k_text.shape[2])
-    return (t.data_ptr(), BIAS_DTYPES[t.dtype], *t.stride()), t
-
-
-def _identities(a: Args) -> tuple[tuple, ...]:
-    views = []
-    for j, (k, v) in enumerate(zip(a.k_id, a.v_id, strict=True)):
-        scale = (a.scale[j], 0, 0)
-        if isinstance(a.scale, Tensor):
-            scale = (0.0, a.scale[j].data_ptr(), a.scale.stride(1))
-        mask = (0, 0, 0)
-        if a.mask is not None:
-            m = a.mask[j]
-            mask = (m.data_ptr(), m.stride(0) if m.shape[0] > 1 else 0, m.stride(1))
-        views.append((_head_tensor(k), _head_tensor(v), k.shape[2], *scale, *mask))
-    return tuple(views)
-
-
 def call_tuples(a: Args, result: Tensor) -> tuple[tuple, Tensor | None]:
-    """The seven tuples of csrc/bind.cpp, and a tensor that must outlive the launch."""
-    b, h, lq, d = a.q.shape
-    numbers = (DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global)
-    bias, keep = _bias(a)
-    heads = (_head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
-    return (numbers, *heads, bias, _identities(a)), keep
+    """As in `native.call_tuples`; these kernels read text_bias in float32 or q's dtype."""
+    return native.call_tuples(a, result, (torch.float32, a.q.dtype))
 
 
 def forward(a: Args, out: Tensor | None = None) -> Tensor:

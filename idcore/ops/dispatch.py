@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from ..backends import triton
 from ..backends.call import Call
 from ..errors import InputError, NoBackendError
 
@@ -91,3 +92,28 @@ def explain(call: Call) -> str:
         if not reasons:
             break
     return "\n".join(lines)
+
+
+def triton_or(plain: str, op: str, q: torch.Tensor, k: torch.Tensor, backend: str | None) -> str:
+    """For ops with a Triton kernel and a path in PyTorch's own ops named `plain`: which of the two runs.
+
+    Args:
+        q: [B, H, Lq, D]; k: [Bt, H, Lt, D]; checked.
+        backend: "triton", `plain`, or None: Triton on a GPU that can run it, else `plain`.
+
+    Raises:
+        InputError: no backend of that name.
+        NoBackendError: backend is "triton" and it cannot run this call; says why.
+    """
+    if backend not in (None, "triton", plain):
+        raise InputError(f"backend must be one of triton, {plain} or None, got {backend!r}")
+    if backend == plain:
+        return plain
+    b, h, lq, d = q.shape
+    call = Call(q.device.type, q.dtype, b, h, lq, k.shape[2], d, (), "add", False, False, False, False, True)
+    reasons = triton.why_not(call)
+    if backend is None:
+        return plain if reasons or q.device.type == "cpu" else "triton"
+    if reasons:
+        raise NoBackendError(f"{op}: backend 'triton' cannot run this call: {'; '.join(reasons)}")
+    return backend

@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import triton
-from ..backends.call import Call
 from ..backends.reference import rows as rows_of
-from ..errors import InputError, NoBackendError
-
-BACKENDS = ("triton", "sdpa")
+from ..errors import InputError
+from .dispatch import triton_or
 
 
 def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> Tensor:
@@ -35,7 +32,7 @@ def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> T
         NoBackendError: the named backend cannot run this call; says why.
     """
     _check(q, k)
-    if _choose(q, k, backend) == "triton":
+    if triton_or("sdpa", "semantic_alignment", q, k, backend) == "triton":
         return torch.ops.idcore.semantic_fwd(q, k)[0]
     return F.scaled_dot_product_attention(rows_of(k, q.shape[0]), q, q)
 
@@ -52,22 +49,6 @@ def _check(q: Tensor, k: Tensor) -> None:
             f"semantic_alignment: k is {k.dtype} on {k.device}, q is {q.dtype} on {q.device}; "
             "move and cast it with .to(q)"
         )
-
-
-def _choose(q: Tensor, k: Tensor, backend: str | None) -> str:
-    if backend not in (None, *BACKENDS):
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "sdpa":
-        return backend
-    b, h, lq, d = q.shape
-    call = Call(q.device.type, q.dtype, b, h, lq, k.shape[2], d, (), "add", False, False, False, False, True)
-    reasons = triton.why_not(call)
-    if backend is None:
-        return "sdpa" if reasons or q.device.type == "cpu" else "triton"
-    if reasons:
-        text = "; ".join(reasons)
-        raise NoBackendError(f"semantic_alignment: backend 'triton' cannot run this call: {text}")
-    return backend
 
 
 def _kernels():

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..backends import triton
-from ..backends.call import Call
 from ..backends.reference import rows as rows_of
 from ..backends.reference import wide
-from ..errors import InputError, NoBackendError
+from ..errors import InputError
+from .dispatch import triton_or
 
-BACKENDS = ("triton", "reference")
 CHUNK = 1024  # image tokens whose maps the PyTorch path holds at a time (our choice)
 
 
@@ -44,7 +42,7 @@ def token_attention_loss(
     """
     _check(q, k, k_ref)
     weight = _weight(tokens, q, k)
-    chosen = _choose(q, k, backend)
+    chosen = triton_or("reference", "token_attention_loss", q, k, backend)
     count = weight.sum() * (q.shape[1] * q.shape[2])
     if tokens is not None and not torch.compiler.is_compiling() and q.device.type == "cpu" and count == 0:
         raise InputError("token_attention_loss: tokens chooses no token; give at least one a weight above 0")
@@ -86,22 +84,6 @@ def _weight(tokens: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
         want = f"[Lt] = [{lt}] or [B, Lt] = [{b}, {lt}]"
         raise InputError(f"token_attention_loss: tokens must be {want}, got {list(tokens.shape)}")
     return tokens.detach().to(q.device, dtype).expand(b, lt)
-
-
-def _choose(q: Tensor, k: Tensor, backend: str | None) -> str:
-    if backend not in (None, *BACKENDS):
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "reference":
-        return backend
-    b, h, lq, d = q.shape
-    call = Call(q.device.type, q.dtype, b, h, lq, k.shape[2], d, (), "add", False, False, False, False, True)
-    reasons = triton.why_not(call)
-    if backend is None:
-        return "reference" if reasons or q.device.type == "cpu" else "triton"
-    if reasons:
-        text = "; ".join(reasons)
-        raise NoBackendError(f"token_attention_loss: backend 'triton' cannot run this call: {text}")
-    return backend
 
 
 def _chunks(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
