@@ -74,9 +74,11 @@ Identity identity_of(const py::tuple& t) {
 }
 
 // numbers: (dtype, merge, B, H, Lq, Lt, D, num_zero, num_global)
+// stage: (), or (address of the indices, stages, stride of the indices, strides of k_text and v_text between
+// stages)
 IdAttentionParams params_of(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
                             const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
-                            const py::tuple& identities) {
+                            const py::tuple& identities, const py::tuple& stage) {
   want_size(numbers, 9, "numbers");
   IdAttentionParams p{};
   p.dtype = dtype_of(int_at(numbers, 0));
@@ -111,6 +113,11 @@ IdAttentionParams params_of(const py::tuple& numbers, const py::tuple& q, const 
   for (int32_t j = 0; j < p.num_identities; ++j) {
     p.identity[j] = identity_of(py::reinterpret_borrow<py::tuple>(identities[j]));
   }
+  if (stage.size() != 0) {
+    want_size(stage, 5, "stage");
+    p.stage = idcore::StageBank{pointer_at<const int32_t>(stage, 0), int_at(stage, 1), int_at(stage, 2),
+                                int_at(stage, 3), int_at(stage, 4)};
+  }
   return p;
 }
 
@@ -123,8 +130,8 @@ const idcore::cpu::Kernels& chosen_kernels() {
 
 void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
                       const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
-                      const py::tuple& identities) {
-  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities);
+                      const py::tuple& identities, const py::tuple& stage) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
   const idcore::cpu::Kernels& kernels = chosen_kernels();
   py::gil_scoped_release release;
   idcore::cpu::id_attention_fwd(p, kernels);
@@ -134,21 +141,21 @@ void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tu
 using Tuples = const py::tuple&;
 
 py::object id_attention_cuda_refusal(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
-                                     Tuples text_bias, Tuples identities) {
-  const char* reason =
-      idcore::cuda::id_attention_refusal(params_of(numbers, q, k_text, v_text, out, text_bias, identities));
+                                     Tuples text_bias, Tuples identities, Tuples stage) {
+  const char* reason = idcore::cuda::id_attention_refusal(
+      params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage));
   return reason == nullptr ? py::object(py::none()) : py::object(py::str(reason));
 }
 
 int64_t id_attention_cuda_workspace(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
-                                    Tuples text_bias, Tuples identities) {
+                                    Tuples text_bias, Tuples identities, Tuples stage) {
   return idcore::cuda::id_attention_workspace(
-      params_of(numbers, q, k_text, v_text, out, text_bias, identities));
+      params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage));
 }
 
 void id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out, Tuples text_bias,
-                       Tuples identities, uintptr_t workspace, uintptr_t stream) {
-  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities);
+                       Tuples identities, Tuples stage, uintptr_t workspace, uintptr_t stream) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
   int error = 0;
   {
     py::gil_scoped_release release;

@@ -46,6 +46,16 @@ struct Identity {
   int64_t mask_stride_row;
 };
 
+// A bank of text keys and values, one set per stage of the denoising: sample b reads stage index[b * stride].
+// The index is read when the kernel runs, on the tensors' device, and kept inside the bank.
+struct StageBank {
+  const int32_t* index;  // null: no bank
+  int64_t count;
+  int64_t stride;    // 0: one index for all samples
+  int64_t k_stride;  // between stages
+  int64_t v_stride;
+};
+
 struct IdAttentionParams {
   DType dtype;  // of q, K, V and out; arithmetic is float32
   Merge merge;
@@ -63,6 +73,7 @@ struct IdAttentionParams {
   HeadTensor out;
   TextBias text_bias;
   Identity identity[kMaxIdentities];
+  StageBank stage;
 };
 
 }  // namespace idcore

@@ -17,6 +17,7 @@ from .call import Args, Call
 
 NAME = "cuda"
 DIFFERENTIABLE = False
+HAS_BACKWARD = False
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -62,6 +63,8 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"{len(call.li)} identities (at most {native.MAX_IDENTITIES})")
     if max(call.heads, call.batch) > 65535:
         reasons.append("more than 65535 heads or samples")
+    if call.stages:
+        reasons.append("a stage bank")
     if not call.dense_last_dim:
         reasons.append("the head dim of q, k or v is not contiguous (call .contiguous() on it)")
     if call.needs_grad:

@@ -1,4 +1,4 @@
-"""How a call reaches the compiled module: pointers and strides in elements, the seven tuples of csrc/bind.cpp."""
+"""How a call reaches the compiled module: pointers and strides in elements, the eight tuples of csrc/bind.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ MAX_IDENTITIES = 16
 
 
 def _head_tensor(t: Tensor) -> tuple[int, ...]:
-    return (t.data_ptr(), t.shape[0], *t.stride()[:3])
+    return (t.data_ptr(), t.shape[-4], *t.stride()[-4:-1])
+
+
+def _stage(a: Args) -> tuple[int, ...]:
+    """Address of the stage indices, how many stages, index stride, strides of K and V between stages."""
+    if a.stage is None:
+        return ()
+    per_sample = a.stage.stride(0) if a.stage.shape[0] > 1 else 0
+    return (a.stage.data_ptr(), a.k_text.shape[0], per_sample, a.k_text.stride(0), a.v_text.stride(0))
 
 
 def _bias(a: Args, dtypes: Collection[torch.dtype]) -> tuple[tuple[int, ...], Tensor | None]:
@@ -23,7 +31,7 @@ def _bias(a: Args, dtypes: Collection[torch.dtype]) -> tuple[tuple[int, ...], Te
     if a.text_bias is None:
         return (), None
     t = a.text_bias if a.text_bias.dtype in dtypes else a.text_bias.float()
-    t = t.expand(*a.q.shape[:3], a.k_text.shape[2])
+    t = t.expand(*a.q.shape[:3], a.text_length)
     return (t.data_ptr(), DTYPES[t.dtype], *t.stride()), t
 
 
@@ -42,14 +50,14 @@ def _identities(a: Args) -> tuple[tuple, ...]:
 
 
 def call_tuples(a: Args, result: Tensor, bias_dtypes: Collection[torch.dtype] = DTYPES) -> tuple[tuple, Tensor | None]:
-    """The seven tuples, and a tensor that must outlive the kernels.
+    """The eight tuples, and a tensor that must outlive the kernels.
 
     Args:
         result: written by the kernels; shape of q, last dimension contiguous.
         bias_dtypes: dtypes of text_bias that the kernels read; another one is cast to float32.
     """
     b, h, lq, d = a.q.shape
-    numbers = (DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.k_text.shape[2], d, a.num_zero, a.num_global)
+    numbers = (DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.text_length, d, a.num_zero, a.num_global)
     bias, keep = _bias(a, bias_dtypes)
     heads = (_head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
-    return (numbers, *heads, bias, _identities(a)), keep
+    return (numbers, *heads, bias, _identities(a), _stage(a)), keep

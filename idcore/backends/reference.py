@@ -32,6 +32,23 @@ def rows(t: Tensor, batch: int) -> Tensor:
     return t.expand(batch, *t.shape[1:]) if t.shape[0] == 1 else t.repeat_interleave(batch // t.shape[0], 0)
 
 
+def text_rows(a: Args, t: Tensor) -> Tensor:
+    """The text's keys or values of every sample, of its stage where `t` is a bank. [B, H, Lt, D]"""
+    b = a.q.shape[0]
+    if a.stage is None:
+        return rows(t, b)
+    stage = a.stage.long().clamp(0, t.shape[0] - 1)
+    if stage.numel() == 1:
+        return rows(t.index_select(0, stage)[0], b)
+    return t[stage, batch_rows(a, t.shape[1])]
+
+
+def batch_rows(a: Args, count: int) -> Tensor:
+    """Which of `count` rows each sample reads. int64 [B]"""
+    b = a.q.shape[0]
+    return torch.arange(b, device=a.q.device) * count // b
+
+
 def zero_softmax(logits: Tensor, num_zero: int) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis as if `num_zero` logits of 0 stood behind it, in closed form.
 
@@ -52,8 +69,7 @@ def zero_softmax(logits: Tensor, num_zero: int) -> tuple[Tensor, Tensor]:
 
 def text_attention(a: Args) -> tuple[Tensor, Tensor]:
     """h = softmax(q k^T / sqrt(D) + bias) v and its probabilities. [B, H, Lq, D], [B, H, Lq, Lt]"""
-    b = a.q.shape[0]
-    k, v = rows(wide(a.k_text), b), rows(wide(a.v_text), b)
+    k, v = wide(text_rows(a, a.k_text)), wide(text_rows(a, a.v_text))
     logits = wide(a.q) @ k.transpose(-1, -2) * a.q.shape[-1] ** -0.5
     if a.text_bias is not None:
         logits = logits + wide(a.text_bias)

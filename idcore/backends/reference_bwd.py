@@ -19,6 +19,15 @@ def _fold(t: Tensor, batch: int) -> Tensor:
     return t if t.shape[0] == batch else t.reshape(batch, t.shape[0] // batch, *t.shape[1:]).sum(1)
 
 
+def _fold_text(a: Args, t: Tensor, like: Tensor) -> Tensor:
+    """The gradient of the text's keys or values from that of each sample; zero for stages that nobody picked."""
+    if a.stage is None:
+        return _fold(t, like.shape[0]).to(like.dtype)
+    stage = a.stage.long().clamp(0, like.shape[0] - 1).expand(a.q.shape[0])
+    bank = t.new_zeros(like.shape)
+    return bank.index_put_((stage, ref.batch_rows(a, like.shape[1])), t, accumulate=True).to(like.dtype)
+
+
 def _softmax_bwd(p: Tensor, dp: Tensor) -> Tensor:
     return p * (dp - (p * dp).sum(-1, keepdim=True))
 
@@ -81,10 +90,10 @@ def backward(a: Args, g: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], 
         dks.append(dk.to(a.k_id[j].dtype))
         dvs.append(dv.to(a.v_id[j].dtype))
         dscales.append(dscale.float())
-    k, v = ref.rows(ref.wide(a.k_text), b), ref.rows(ref.wide(a.v_text), b)
+    k, v = ref.wide(ref.text_rows(a, a.k_text)), ref.wide(ref.text_rows(a, a.v_text))
     dlogits = _softmax_bwd(p_text, dh @ v.transpose(-1, -2)) * d**-0.5
     dq = dq + dlogits @ k
-    dk_text = _fold(dlogits.transpose(-1, -2) @ ref.wide(a.q), a.k_text.shape[0]).to(a.k_text.dtype)
-    dv_text = _fold(p_text.transpose(-1, -2) @ dh, a.v_text.shape[0]).to(a.v_text.dtype)
+    dk_text = _fold_text(a, dlogits.transpose(-1, -2) @ ref.wide(a.q), a.k_text)
+    dv_text = _fold_text(a, p_text.transpose(-1, -2) @ dh, a.v_text)
     dscale = torch.stack(dscales) if dscales else a.q.new_zeros((0, b), dtype=torch.float32)
     return dq.to(a.q.dtype), dk_text, dv_text, dks, dvs, dscale

@@ -35,9 +35,8 @@ def _branch(a: Args, j: int) -> tuple[Tensor, Tensor | None]:
 
 def forward(a: Args, out: Tensor | None = None) -> Tensor:
     """[B, H, Lq, D], dtype of q. Text attention accumulates as PyTorch's kernel does, the merge in float32."""
-    b = a.q.shape[0]
     bias = None if a.text_bias is None else a.text_bias.to(a.q.dtype)
-    h = F.scaled_dot_product_attention(a.q, ref.rows(a.k_text, b), ref.rows(a.v_text, b), attn_mask=bias)
+    h = F.scaled_dot_product_attention(a.q, ref.text_rows(a, a.k_text), ref.text_rows(a, a.v_text), attn_mask=bias)
     if not a.k_id:
         return ref.store(h, a.q, out)
     parts = [(i.float(), share) for i, share in (_branch(a, j) for j in range(len(a.k_id)))]

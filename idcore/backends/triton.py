@@ -21,6 +21,7 @@ from .call import Args, Call
 
 NAME = "triton"
 DIFFERENTIABLE = False
+HAS_BACKWARD = True
 
 # float32 tiles above would spill
 MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -72,6 +73,8 @@ def why_not(call: Call) -> list[str]:
             reasons.append("the GPU is older than sm_80")
         if _compiler_missing():
             reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")
+    if call.stages:
+        reasons.append("a stage bank")
     dtype = str(call.dtype).removeprefix("torch.")
     if call.dtype not in MAX_HEAD_DIM:
         reasons.append(f"dtype={dtype} (needs float32, bfloat16 or float16)")
@@ -90,7 +93,7 @@ def forward(a: Args, out: Tensor | None = None) -> Tensor:
 
 
 def forward_stats(a: Args, out: Tensor | None = None):
-    """`forward`, and the float32 statistics (`idcore.kernels.launch.Stats`) that spare `backward` a pass."""
+    """`forward`, and the float32 statistics (`call.Stats`) that spare `backward` a pass."""
     return _launch().forward_stats(a, out)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import reference, reference_bwd, sdpa
-from ..backends.call import Args, facts, normalize
+from ..backends import reference, sdpa
+from ..backends.call import Args, facts
+from ..backends.checks import normalize
 from ..errors import InputError
-from . import dispatch
+from . import dispatch, id_attention_autograd  # noqa: F401  (registers the ops)
 
 Tensors = Tensor | Sequence[Tensor] | None
 
@@ -28,6 +29,7 @@ def id_attention(
     num_zero: int = 0,
     num_global: int = 5,
     text_bias: Tensor | None = None,
+    stage: int | Tensor | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -47,9 +49,14 @@ def id_attention(
 
     Weighting alpha by the mask is our choice: an identity behaves inside its region as it would alone there.
 
+    A prompt may hold one set of text keys and values per stage of the denoising (SeFi-IDE, arXiv 2402.00631, B2 of
+    its method: five stages). `stage` then picks the set; as a tensor it is read when the kernel runs, so a captured
+    CUDA graph serves all steps.
+
     Args:
         q: Image queries. [B, H, Lq, D], float32, bfloat16, float16 (or float64, reference backend). Any strides.
-        k_text, v_text: Text keys and values, may come from different contexts. [Bt, H, Lt, D], dtype of q.
+        k_text, v_text: Text keys and values, may come from different contexts. [Bt, H, Lt, D], dtype of q; with `stage`
+            a bank of S of them, [S, Bt, H, Lt, D].
         k_id, v_id: Keys and values of one identity, or a sequence of n of them. Each [Bi, H, Li, D], dtype of q.
             A batch Bt or Bi must divide B; sample b takes row b * Bi // B: 1 row serves all, B rows one each,
             2 rows are the cond/uncond halves of a diffusers batch. None or (): text attention alone.
@@ -61,6 +68,8 @@ def id_attention(
             identity softmax's denominator.
         num_global: Tokens counted by ortho_v2 (5 in PuLID); zero tokens follow the identity's own in the count.
         text_bias: Additive bias of the text logits, broadcastable to [B, H, Lq, Lt].
+        stage: Which of the bank's S sets serves: int, or an integer tensor [], [1] or [B] (one per sample) on q's
+            device. On a GPU the values are not looked at; outside of 0..S-1 the nearest set serves.
         backend: "cuda", "triton", "cpu", "sdpa" or "reference". Default: the first that can run the call.
         out: Written and returned if given; shape, dtype and device of the result. Not with gradients.
 
@@ -74,6 +83,7 @@ def id_attention(
     a = normalize(
         q, k_text, v_text, k_id, v_id,
         id_scale=id_scale, id_mask=id_mask, merge=merge, num_zero=num_zero, num_global=num_global, text_bias=text_bias,
+        stage=stage,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _traced(a, backend, out)
@@ -83,7 +93,7 @@ def id_attention(
         _check_out(out, a, call.needs_grad)
     if module.DIFFERENTIABLE or not call.needs_grad:
         return module.forward(a, out)
-    return _op(a, module.NAME)
+    return _train(a, module.NAME)
 
 
 def _traced(a: Args, backend: str | None, out: Tensor | None) -> Tensor:
@@ -94,14 +104,27 @@ def _traced(a: Args, backend: str | None, out: Tensor | None) -> Tensor:
         backend = "reference" if a.q.dtype == torch.float64 else "sdpa"
     if backend in ("sdpa", "reference"):
         return (sdpa if backend == "sdpa" else reference).forward(a, out)
-    result = _op(a, backend or "")
+    result = (_train if torch.is_grad_enabled() and _any_requires_grad(a) else _infer)(a, backend or "")
     return result if out is None else out.copy_(result)
 
 
-def _op(a: Args, backend: str) -> Tensor:
-    return torch.ops.idcore.id_attention_fwd(
-        a.q, a.k_text, a.v_text, list(a.k_id), list(a.v_id), _scale_tensor(a), a.mask, a.text_bias,
-        a.merge, a.num_zero, a.num_global, backend,
+def _any_requires_grad(a: Args) -> bool:
+    scale = (a.scale,) if isinstance(a.scale, Tensor) else ()
+    return any(t.requires_grad for t in (a.q, a.k_text, a.v_text, *a.k_id, *a.v_id, *scale))
+
+
+def _infer(a: Args, backend: str) -> Tensor:
+    return torch.ops.idcore.id_attention(*_flat(a), backend)
+
+
+def _train(a: Args, backend: str) -> Tensor:
+    return torch.ops.idcore.id_attention_train(*_flat(a), backend)[0]
+
+
+def _flat(a: Args) -> tuple:
+    return (
+        a.q, a.k_text, a.v_text, list(a.k_id), list(a.v_id), _scale_tensor(a), a.mask, a.text_bias, a.stage,
+        a.merge, a.num_zero, a.num_global,
     )  # fmt: skip
 
 
@@ -126,57 +149,3 @@ def _scale_tensor(a: Args) -> Tensor:
         return a.scale
     s = torch.tensor(a.scale, dtype=torch.float32, device=a.q.device)
     return s[:, None].expand(len(a.scale), a.q.shape[0])
-
-
-@torch.library.custom_op("idcore::id_attention_fwd", mutates_args=())
-def _fwd(
-    q: Tensor, k_text: Tensor, v_text: Tensor, k_id: list[Tensor], v_id: list[Tensor], scale: Tensor,
-    mask: Tensor | None, text_bias: Tensor | None, merge: str, num_zero: int, num_global: int, backend: str,
-) -> Tensor:  # fmt: skip
-    a = Args(q, k_text, v_text, tuple(k_id), tuple(v_id), scale, mask, text_bias, merge, num_zero, num_global)
-    return dispatch.load(dispatch.choose(facts(a), backend or None)).forward(a, None)
-
-
-@_fwd.register_fake
-def _fwd_fake(q, k_text, v_text, k_id, v_id, scale, mask, text_bias, merge, num_zero, num_global, backend):
-    b, h, lq, d = q.shape
-    return q.new_empty(b, lq, h, d).transpose(1, 2)
-
-
-@torch.library.custom_op("idcore::id_attention_bwd", mutates_args=())
-def _bwd(
-    grad: Tensor, q: Tensor, k_text: Tensor, v_text: Tensor, k_id: list[Tensor], v_id: list[Tensor], scale: Tensor,
-    mask: Tensor | None, text_bias: Tensor | None, merge: str, num_zero: int, num_global: int, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    a = Args(q, k_text, v_text, tuple(k_id), tuple(v_id), scale, mask, text_bias, merge, num_zero, num_global)
-    module = dispatch.load(dispatch.choose(facts(a), backend or None))
-    backward = getattr(module, "backward", reference_bwd.backward)
-    dq, dkt, dvt, dks, dvs, dscale = backward(a, grad)
-    return [t.contiguous() for t in (dq, dkt, dvt, dscale, *dks, *dvs)]
-
-
-@_bwd.register_fake
-def _bwd_fake(grad, q, k_text, v_text, k_id, v_id, scale, mask, text_bias, merge, num_zero, num_global, backend):
-    likes = (q, k_text, v_text, scale, *k_id, *v_id)
-    return [t.new_empty(t.shape) for t in likes]
-
-
-def _setup(ctx, inputs, output) -> None:
-    q, k_text, v_text, k_id, v_id, scale, mask, text_bias, *ctx.plain = inputs
-    ctx.n, ctx.has_mask, ctx.has_bias = len(k_id), mask is not None, text_bias is not None
-    extra = [t for t in (mask, text_bias) if t is not None]
-    ctx.save_for_backward(q, k_text, v_text, scale, *k_id, *v_id, *extra)
-
-
-def _backward(ctx, grad):
-    q, k_text, v_text, scale, *rest = ctx.saved_tensors
-    n = ctx.n
-    k_id, v_id, extra = list(rest[:n]), list(rest[n : 2 * n]), list(rest[2 * n :])
-    mask = extra.pop(0) if ctx.has_mask else None
-    bias = extra.pop(0) if ctx.has_bias else None
-    g = torch.ops.idcore.id_attention_bwd(grad, q, k_text, v_text, k_id, v_id, scale, mask, bias, *ctx.plain)
-    dq, dkt, dvt, dscale, *kv = g
-    return dq, dkt, dvt, kv[:n], kv[n:], dscale, None, None, None, None, None, None
-
-
-_fwd.register_autograd(_backward, setup_context=_setup)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import triton
 
+from ..backends.call import Stats
 from . import id_attention as kernels
 from . import tuning
 
@@ -18,17 +18,6 @@ MERGE_CODE = {"add": kernels.ADD, "ortho": kernels.ORTHO, "ortho_v2": kernels.OR
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 # (what to do instead of launching, GPU generation) while `ahead` compiles without a GPU
 ahead_of_time: ContextVar[tuple[Callable, int] | None] = ContextVar("ahead_of_time", default=None)
-
-
-class Stats(NamedTuple):
-    """What backward needs of forward, all float32: no score matrix, no copy of an activation."""
-
-    lse_text: Tensor  # [B, H, Lq], log2 of the softmax sums
-    lse_id: Tensor | None  # [n, B, H, Lq]
-    lse_unscaled: Tensor | None  # [n, B, H, Lq], ortho_v2
-    share: Tensor | None  # [n, B, Lq], ortho_v2's a
-    alpha: Tensor | None  # [n, B, H, D], ortho and ortho_v2
-    den: Tensor | None  # [n, B, H, D]
 
 
 def start(kernel, grid: tuple[int, ...], config: dict, **arguments) -> None:

@@ -13,7 +13,7 @@ import conftest  # noqa: E402, F401  (finds idcore.kernels)
 import torch  # noqa: E402
 from idcore.kernels import ahead, launch, launch_bwd, launch_semantic, launch_token_loss  # noqa: E402
 
-from idcore.backends.call import normalize  # noqa: E402
+from idcore.backends.checks import normalize  # noqa: E402
 
 
 def arguments(dtype: torch.dtype, head_dim: int, merge: str):

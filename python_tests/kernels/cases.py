@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from idcore.backends import reference, reference_bwd, sdpa
-from idcore.backends.call import Args, normalize
+from idcore.backends.call import Args
+from idcore.backends.checks import normalize
 
 FLOOR = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 

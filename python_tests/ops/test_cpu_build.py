@@ -76,13 +76,13 @@ def test_wrong_tuples_are_refused_before_memory_is_touched():
     head = (0, 1, 0, 0, 0)
     numbers = (0, 0, 1, 1, 1, 1, 64, 0, 5)
     with pytest.raises(ValueError, match="numbers must be a tuple of 9, got 2"):
-        _C.id_attention_cpu((0, 0), head, head, head, head, (), ())
+        _C.id_attention_cpu((0, 0), head, head, head, head, (), (), ())
     with pytest.raises(ValueError, match="k_text must be a tuple of 5, got 1"):
-        _C.id_attention_cpu(numbers, head, (0,), head, head, (), ())
+        _C.id_attention_cpu(numbers, head, (0,), head, head, (), (), ())
     with pytest.raises(ValueError, match="head dim above 256"):
-        _C.id_attention_cpu((0, 0, 1, 1, 1, 1, 512, 0, 5), head, head, head, head, (), ())
+        _C.id_attention_cpu((0, 0, 1, 1, 1, 1, 512, 0, 5), head, head, head, head, (), (), ())
     with pytest.raises(ValueError, match="more than 16 identities"):
-        _C.id_attention_cpu(numbers, head, head, head, head, (), ((),) * 17)
+        _C.id_attention_cpu(numbers, head, head, head, head, (), ((),) * 17, ())
 
 
 def test_peak_is_a_rate():

@@ -5,8 +5,9 @@ import torch
 from id_attention_naive import naive
 
 from idcore.backends import reference_bwd
-from idcore.backends.call import normalize
-from idcore.ops import id_attention
+from idcore.backends.call import Call
+from idcore.backends.checks import normalize
+from idcore.ops import dispatch, id_attention
 
 MERGES = ("add", "ortho", "ortho_v2")
 BACKENDS = ("reference", "sdpa", "cpu")
@@ -144,11 +145,12 @@ def test_gradients_of_each_backend(merge, backend):
 def test_opcheck(backend):
     usable(backend)
     q, kt, vt, ki, vi = case(d=16)
+    rest = (None, None, None, "ortho_v2", 2, 5, backend)
+    torch.library.opcheck(torch.ops.idcore.id_attention, (q, kt, vt, ki, vi, torch.ones(1, 2), *rest))
     for t in (q, kt, vt, *ki, *vi):
         t.requires_grad_()
     scale = torch.ones(1, 2, requires_grad=True)
-    args = (q, kt, vt, ki, vi, scale, None, None, "ortho_v2", 2, 5, backend)
-    torch.library.opcheck(torch.ops.idcore.id_attention_fwd, args)
+    torch.library.opcheck(torch.ops.idcore.id_attention_train, (q, kt, vt, ki, vi, scale, *rest))
 
 
 @pytest.mark.slow
@@ -193,3 +195,46 @@ def test_text_only_and_zero_scale():
     text = torch.nn.functional.scaled_dot_product_attention(q, kt, vt)
     assert (id_attention(q, kt, vt) - text).abs().max() < 1e-6
     assert (id_attention(q, kt, vt, ki, vi, id_scale=0.0) - text).abs().max() < 1e-6
+
+
+def bank_case(b=3, stages=4, rows=3):
+    """q, K and V banks of `stages`, an identity; all need gradients."""
+    g = torch.Generator().manual_seed(5)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g).requires_grad_()
+
+    bank = stages, rows, 2, 7, 16
+    return make(b, 2, 33, 16), make(*bank), make(*bank), make(1, 2, 5, 16), make(1, 2, 5, 16)
+
+
+STAGES = {"int": 2, "one for all": torch.tensor(2), "one per sample": torch.tensor([3, 0, 3])}
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+@pytest.mark.parametrize("backend", ("reference", "sdpa", "cpu"))
+def test_a_stage_bank_equals_the_picked_text(backend, stage, rows):
+    q, kt, vt, ki, vi = bank_case(rows=rows)
+    usable_for_bank(backend, stage)
+    picked = [stage] * 3 if isinstance(stage, int) else stage.expand(3).tolist()
+    row = [i * rows // 3 for i in range(3)]
+    options = dict(id_scale=0.7, merge="ortho_v2", num_zero=2)
+    got = id_attention(q, kt, vt, ki, vi, stage=stage, backend=backend, **options)
+    k, v = (torch.stack([t[s, r] for s, r in zip(picked, row)]) for t in (kt, vt))
+    want = id_attention(q, k, v, ki, vi, backend="reference", **options)
+    assert (got - want).abs().max() < 2e-6
+    weight = torch.linspace(-1, 1, 16)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, kt, vt, ki, vi), retain_graph=True) for x in (got, want)]
+    for x, y in zip(*grads):
+        assert (x - y).abs().max() < 2e-5
+    for s in set(range(4)) - set(picked):
+        assert grads[0][1][s].eq(0).all() and grads[0][2][s].eq(0).all()
+
+
+def usable_for_bank(backend, stage):
+    if backend == "cpu":
+        usable(backend)
+        call = Call("cpu", torch.float32, 3, 2, 33, 7, 16, (5,), "ortho_v2", False, False, True, False, True, 4)
+        if not isinstance(stage, int) and (reasons := dispatch.why_not("cpu", call)):
+            pytest.skip("; ".join(reasons))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from idcore.backends.call import facts, normalize
+from idcore.backends.call import facts
+from idcore.backends.checks import normalize
 from idcore.errors import InputError, NoBackendError
 from idcore.ops import explain, id_attention
 
@@ -77,3 +78,25 @@ def test_explain_lists_refusals_until_the_pick():
     a = normalize(**good(), id_scale=1.0, id_mask=None, merge="add", num_zero=0, num_global=5, text_bias=None)
     text = explain(facts(a))
     assert text.splitlines()[0].startswith("cuda: ") and text.splitlines()[-1].endswith("runs this call")
+
+
+def bank(**changes):
+    return good(k_text=torch.randn(3, 2, 2, 4, 8), v_text=torch.randn(3, 2, 2, 4, 8)) | changes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(stage=3), r"stage must be 0 to 2 for this bank, got 3"),
+        (dict(stage=torch.tensor([0, 7])), r"stage must be 0 to 2 for this bank, got 0 to 7"),
+        (dict(stage=torch.tensor(0.5)), r"integer tensor \[\], \[1\] or \[B\], got torch.float32"),
+        (dict(stage=torch.tensor([0, 1, 2])), r"1 or B = 2 numbers, got 3"),
+        (dict(stage="first"), r"an int or an integer tensor, got str"),
+        (dict(stage=torch.empty((), dtype=torch.int32, device="meta")), r"stage is on meta, q on cpu; move it"),
+        (dict(stage=0, k_text=torch.randn(2, 2, 4, 8)), r"banks \[S, Bt, H, Lt, D\] of the same S >= 1, got \[2, 2"),
+        (dict(stage=0, v_text=torch.randn(2, 2, 2, 4, 8)), r"banks .* of the same S >= 1"),
+    ],
+)
+def test_wrong_stages(changes, message):
+    with pytest.raises(InputError, match=message):
+        id_attention(**bank(**changes))
