@@ -121,6 +121,14 @@ IdAttentionParams params_of(const py::tuple& numbers, const py::tuple& q, const 
   return p;
 }
 
+// Six addresses in the order of the struct, 0 where one is not wanted; or ().
+idcore::IdAttentionStats stats_of(const py::tuple& t) {
+  if (t.size() == 0) return {};
+  want_size(t, 6, "stats");
+  return {pointer_at<float>(t, 0), pointer_at<float>(t, 1), pointer_at<float>(t, 2),
+          pointer_at<float>(t, 3), pointer_at<float>(t, 4), pointer_at<float>(t, 5)};
+}
+
 const idcore::cpu::Kernels& chosen_kernels() {
   const char* error = nullptr;
   const idcore::cpu::Kernels* k = idcore::cpu::chosen(&error);
@@ -128,13 +136,20 @@ const idcore::cpu::Kernels& chosen_kernels() {
   return *k;
 }
 
+void id_attention_cpu_stats(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
+                            const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
+                            const py::tuple& identities, const py::tuple& stage, const py::tuple& stats) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
+  const idcore::IdAttentionStats wanted = stats_of(stats);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::id_attention_fwd(p, kernels, wanted);
+}
+
 void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
                       const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
                       const py::tuple& identities, const py::tuple& stage) {
-  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
-  const idcore::cpu::Kernels& kernels = chosen_kernels();
-  py::gil_scoped_release release;
-  idcore::cpu::id_attention_fwd(p, kernels);
+  id_attention_cpu_stats(numbers, q, k_text, v_text, out, text_bias, identities, stage, py::tuple());
 }
 
 #if defined(IDCORE_WITH_CUDA)
@@ -248,6 +263,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was compiled, and what of it this machine can run.");
   m.def("id_attention_cpu", &id_attention_cpu,
         "Forward of id_attention on the CPU; see csrc/bind.cpp for the tuples.");
+  m.def("id_attention_cpu_stats", &id_attention_cpu_stats,
+        "As id_attention_cpu; also the row statistics for backward, six addresses.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

@@ -97,8 +97,10 @@ const HeadTensor& value_of(const IdAttentionParams& p, int branch) {
 
 class Call {
  public:
-  Call(const IdAttentionParams& params, const Kernels& kernels) : p_(params), k_(kernels) {
+  Call(const IdAttentionParams& params, const Kernels& kernels, const IdAttentionStats& stats)
+      : p_(params), k_(kernels) {
     plan_.params = &p_;
+    plan_.stats = stats;
     plan_.pairs = k_.has_pairs && p_.dtype == DType::kBFloat16 && p_.head_dim % 2 == 0;
     plan_.chunks = (p_.lq + kChunkRows - 1) / kChunkRows;
     plan_.padded_dim = (p_.head_dim + k_.lanes - 1) / k_.lanes * k_.lanes;
@@ -120,6 +122,7 @@ class Call {
       attend();
       if (two_passes_) {
         ratios();
+        if (plan_.stats.share != nullptr) mean_share();
         finish();
       }
     }
@@ -203,7 +206,26 @@ class Call {
           hh += s[width + d];
         }
         plan_.alpha[i * width + d] = hh == 0.0 ? 0.0f : static_cast<float>(hi / hh);
+        if (plan_.stats.den == nullptr || d >= p_.head_dim) continue;
+        const int64_t at = ((j * p_.batch + b) * p_.heads + h) * p_.head_dim + d;
+        plan_.stats.alpha[at] = plan_.alpha[i * width + d];
+        plan_.stats.den[at] = static_cast<float>(hh);
       }
+    }
+  }
+
+  // The mean over heads of what the first tokens get, for backward.
+  void mean_share() {
+    const int64_t rows = plan_.chunks * kChunkRows;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p_.num_identities * p_.batch; ++i) {
+      float* mean = plan_.stats.share + i * p_.lq;
+      std::fill(mean, mean + p_.lq, 0.0f);
+      for (int64_t h = 0; h < p_.heads; ++h) {
+        const float* share = plan_.share + (i * p_.heads + h) * rows;
+        for (int64_t r = 0; r < p_.lq; ++r) mean[r] += share[r];
+      }
+      for (int64_t r = 0; r < p_.lq; ++r) mean[r] /= static_cast<float>(p_.heads);
     }
   }
 
@@ -225,9 +247,10 @@ class Call {
 
 }  // namespace
 
-void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels) {
+void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels,
+                      const IdAttentionStats& stats) {
   if (params.batch == 0 || params.heads == 0 || params.lq == 0 || params.head_dim == 0) return;
-  Call(params, kernels).run();
+  Call(params, kernels, stats).run();
 }
 
 int64_t release_workspace() { return t_workspace.release(); }

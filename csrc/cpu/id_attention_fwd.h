@@ -7,8 +7,10 @@ namespace idcore {
 namespace cpu {
 
 // Runs the call on OpenMP's threads with the kernels of one instruction set. Shapes must have been checked.
-// Deterministic: the same bits for any number of threads. Throws std::bad_alloc.
-void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels);
+// Deterministic: the same bits for any number of threads. `stats`: what backward will want. Throws
+// std::bad_alloc.
+void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels,
+                      const IdAttentionStats& stats = {});
 
 // Frees the calling thread's workspace, which otherwise stays for its next call. Returns the bytes freed.
 int64_t release_workspace();

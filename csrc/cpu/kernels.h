@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "id_attention.h"
+#include "id_attention_bwd.h"
 
 namespace idcore {
 namespace cpu {
@@ -38,6 +38,7 @@ struct Plan {
   float* share;  // what the first num_global tokens get, per head (ortho_v2). [n, B, H, chunks * kChunkRows]
   float* sums;   // per work item sum w h i and sum w h h. [B, chunks, H, n, 2, padded_dim]
   float* alpha;  // [B, n, H, padded_dim]
+  IdAttentionStats stats;  // what backward will want; all null where nothing will
 };
 
 struct Kernels {

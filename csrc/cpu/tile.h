@@ -112,7 +112,8 @@ template <class Dot, bool kPairs>
 void attend_block(const BlockJob& j, Block& block) {
   const IdAttentionParams& p = *j.plan.params;
   const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(p.head_dim));
-  const ShareOptions options{p.head_dim, p.num_zero, p.num_global};
+  const IdAttentionStats& stats = j.plan.stats;
+  const int64_t stat_row = (j.batch * p.heads + j.head) * p.lq + j.row;
   float top[kRows], gain[kRows], one[kRows];
   store(one, all(1.0f));
   store(one + kLanes, all(1.0f));
@@ -128,6 +129,10 @@ void attend_block(const BlockJob& j, Block& block) {
     if (b == 0) {
       text_sum = text_softmax(j, scores, top, scale);
       put_norm(block.norm[0], text_sum);
+      if (stats.lse_text != nullptr) {
+        const float units = p.text_bias.data == nullptr ? scale : 1.0f;
+        store_lse(stats.lse_text + stat_row, text_sum, units, top, j.valid);
+      }
       finish_scores<kPairs>(scores, length, one, true);
     } else {
       const Identity& id = p.identity[b - 1];
@@ -136,7 +141,12 @@ void attend_block(const BlockJob& j, Block& block) {
         share = j.plan.share +
                 (((b - 1) * p.batch + j.batch) * p.heads + j.head) * j.plan.chunks * kChunkRows + j.row;
       }
-      put_norm(block.norm[b], identity_softmax(scores, length, scale, top, options, share));
+      const int64_t at = (b - 1) * p.batch * p.heads * p.lq + stat_row;
+      const ShareOptions options{p.head_dim, p.num_zero, p.num_global,
+                                 stats.lse_unscaled == nullptr ? nullptr : stats.lse_unscaled + at, j.valid};
+      const SumOfTwo sum = identity_softmax(scores, length, scale, top, options, share);
+      put_norm(block.norm[b], sum);
+      if (stats.lse_id != nullptr) store_lse(stats.lse_id + at, sum, scale, top, j.valid);
       region(id, j.batch, j.row, j.valid, block.weight[b - 1], block.amount[b - 1]);
       if (p.merge == Merge::kAdd) {
         for (int v = 0; v < kRows; v += kLanes) {

@@ -2,6 +2,8 @@
 // no work across lanes, and no key is padded. Scores stand as [key][kRows].
 #pragma once
 
+#include <cstring>
+
 #include "cpu/tile_pack.h"
 
 namespace idcore {
@@ -135,6 +137,31 @@ IDC_NOINLINE SumOfTwo exponentials(float* scores, int64_t length, float scale, c
   return sum;
 }
 
+// log2 x for x >= 1: the bits of x, read as a number, are a first guess y; then the series of log(x / 2^y).
+IDC_INLINE V log2(V x) {
+  float lanes[kLanes];
+  int32_t bits[kLanes];
+  store(lanes, x);
+  std::memcpy(bits, lanes, sizeof(bits));
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(bits[i] - 0x3F800000) * 0x1p-23f;
+  const V y = load(lanes);
+  const V z = fma(x, exp2(sub(zero(), y)), all(-1.0f));  // at most 0.062 in magnitude
+  V p = all(-0.1666666667f);
+  p = fma(p, z, all(0.2f));
+  p = fma(p, z, all(-0.25f));
+  p = fma(p, z, all(0.3333333333f));
+  p = fma(p, z, all(-0.5f));
+  p = fma(p, z, all(1.0f));
+  return fma(mul(p, z), all(1.44269504f), y);
+}
+
+// Row statistics for backward: log2 of a softmax's denominator, 2^(scale top) taken out of `sum`.
+IDC_NOINLINE void store_lse(float* out, const SumOfTwo& sum, float scale, const float* top, int64_t valid) {
+  store_fp32(out, fma(load(top), all(scale), log2(sum.a)), smaller(valid, kLanes));
+  if (valid > kLanes)
+    store_fp32(out + kLanes, fma(load(top + kLanes), all(scale), log2(sum.b)), valid - kLanes);
+}
+
 // p^(2^squarings). The unscaled softmax is the normalised power sqrt(D) of the scaled one: D = 64 needs p^8.
 IDC_INLINE V power(V p, int squarings) {
   for (int i = 0; i < squarings; ++i) p = mul(p, p);
@@ -145,6 +172,8 @@ struct ShareOptions {
   int64_t head_dim;
   int64_t num_zero;
   int64_t num_global;
+  float* lse;     // of the unscaled scores, for backward; null: not wanted
+  int64_t valid;  // rows that are written there
 };
 
 // As `exponentials`, and in `share` what the first num_global tokens (then zero tokens) get of the softmax of
@@ -182,6 +211,7 @@ IDC_NOINLINE SumOfTwo exponentials_and_share(float* scores, int64_t length, floa
   }
   store(share, div(counted.a, sharp.a));
   store(share + kLanes, div(counted.b, sharp.b));
+  if (o.lse != nullptr) store_lse(o.lse, sharp, kLog2e, top, o.valid);
   return sum;
 }
 
