@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from .call import Args, Call
-from .native import DTYPES, MAX_IDENTITIES, call_tuples
+from .call import Args, Call, Stats, stats_shapes
+from .native import DTYPES, MAX_IDENTITIES, addresses, call_tuples
 
 NAME = "cpu"
 DIFFERENTIABLE = False
@@ -61,11 +62,25 @@ def why_not(call: Call) -> list[str]:
 
 def forward(a: Args, out: Tensor | None = None) -> Tensor:
     """[B, H, Lq, D], dtype of q, in memory order B, Lq, H, D; written into `out` if given."""
+    return _run(a, out, None)
+
+
+def forward_stats(a: Args, out: Tensor | None = None) -> tuple[Tensor, Stats]:
+    """`forward`, and what `backward` needs of it."""
+    shapes = stats_shapes(a)
+    stats = Stats(*(s and torch.empty(s, dtype=torch.float32) for s in shapes))
+    return _run(a, out, stats), stats
+
+
+def _run(a: Args, out: Tensor | None, stats: Stats | None) -> Tensor:
     q = a.q
     b, h, lq, d = q.shape
     direct = out is not None and (out.stride(3) == 1 or d == 1)
     result = out if direct else q.new_empty(b, lq, h, d).transpose(1, 2)
     tuples, keep = call_tuples(a, result)
-    _load()[0].id_attention_cpu(*tuples)
+    if stats is None:
+        _load()[0].id_attention_cpu(*tuples)
+    else:
+        _load()[0].id_attention_cpu_stats(*tuples, addresses(stats))
     del keep
     return result if out is None or direct else out.copy_(result)

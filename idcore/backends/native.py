@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -61,3 +61,8 @@ def call_tuples(a: Args, result: Tensor, bias_dtypes: Collection[torch.dtype] = 
     bias, keep = _bias(a, bias_dtypes)
     heads = (_head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
     return (numbers, *heads, bias, _identities(a), _stage(a)), keep
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """Addresses of contiguous tensors, 0 for None."""
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
