@@ -12,6 +12,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/id_attention_fwd.h"
+#include "cpu/workspace.h"
 #include "id_attention.h"
 #if defined(IDCORE_WITH_CUDA)
 #include "cuda/device.h"

@@ -1,17 +1,11 @@
 #include "cpu/id_attention_fwd.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
+
+#include "cpu/workspace.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
-#endif
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace idcore {
@@ -20,70 +14,6 @@ namespace {
 
 // Below this many multiply-adds waking the other threads costs more than they bring.
 constexpr int64_t kSerialWork = 1 << 18;
-
-// Probabilities far below 1 and their powers are subnormal; on many CPUs each one costs a hundred cycles.
-class FlushSubnormals {
- public:
-#if defined(__SSE__)
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
-
-// Memory that a thread keeps from call to call: fresh pages would cost a fault each, as much as the
-// arithmetic.
-class Workspace {
- public:
-  ~Workspace() { release(); }
-  char* at_least(size_t bytes) {
-    if (bytes > size_) {
-      release();
-      constexpr size_t kHuge = size_t{2} << 20;
-      const size_t unit = bytes >= kHuge ? kHuge : 4096;
-      const size_t rounded = (bytes + unit - 1) / unit * unit;
-      data_ = static_cast<char*>(std::aligned_alloc(unit, rounded));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = rounded;
-#if defined(__linux__)
-      if (unit == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-    }
-    return data_;
-  }
-  int64_t release() {
-    const int64_t bytes = static_cast<int64_t>(size_);
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    return bytes;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-thread_local Workspace t_workspace;
-
-// Hands out pieces of the workspace; without a base it only counts.
-class Pieces {
- public:
-  explicit Pieces(char* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 int64_t length_of(const IdAttentionParams& p, int branch) {
   return branch == 0 ? p.lt : p.identity[branch - 1].length;
@@ -114,7 +44,7 @@ class Call {
 
   void run() {
     lay_out(nullptr);
-    lay_out(t_workspace.at_least(bytes_));
+    lay_out(thread_workspace().at_least(bytes_));
 #pragma omp parallel num_threads(threads_)
     {
       const FlushSubnormals flush;
@@ -252,8 +182,6 @@ void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels,
   if (params.batch == 0 || params.heads == 0 || params.lq == 0 || params.head_dim == 0) return;
   Call(params, kernels, stats).run();
 }
-
-int64_t release_workspace() { return t_workspace.release(); }
 
 bool has_openmp() {
 #if defined(_OPENMP)

@@ -12,9 +12,6 @@ namespace cpu {
 void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels,
                       const IdAttentionStats& stats = {});
 
-// Frees the calling thread's workspace, which otherwise stays for its next call. Returns the bytes freed.
-int64_t release_workspace();
-
 // Multiply-add rate (with `pairs` of its bf16 dot product) that the instruction set reaches in registers, in
 // GFLOP/s, over `threads` threads (0: all).
 double measure_peak(const Kernels& kernels, int threads, double seconds, bool pairs);
