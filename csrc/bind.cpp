@@ -163,10 +163,11 @@ py::object id_attention_cuda_refusal(Tuples numbers, Tuples q, Tuples k_text, Tu
   return reason == nullptr ? py::object(py::none()) : py::object(py::str(reason));
 }
 
-int64_t id_attention_cuda_workspace(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
-                                    Tuples text_bias, Tuples identities, Tuples stage) {
-  return idcore::cuda::id_attention_workspace(
+py::tuple id_attention_cuda_plan(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
+                                 Tuples text_bias, Tuples identities, Tuples stage) {
+  const idcore::cuda::Plan plan = idcore::cuda::id_attention_plan(
       params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage));
+  return py::make_tuple(plan.workspace, plan.launches);
 }
 
 void id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out, Tuples text_bias,
@@ -280,8 +281,8 @@ PYBIND11_MODULE(_C, m) {
         "Forward on the current CUDA device: the tuples of id_attention_cpu, workspace address, stream.");
   m.def("id_attention_cuda_refusal", &id_attention_cuda_refusal,
         "None, or why the CUDA kernels cannot run the call.");
-  m.def("id_attention_cuda_workspace", &id_attention_cuda_workspace,
-        "Bytes of device scratch memory for the call.");
+  m.def("id_attention_cuda_plan", &id_attention_cuda_plan,
+        "Bytes of device scratch memory for the call, and how many kernels it launches.");
 #endif
   m.def("cuda_devices", &cuda_devices,
         "CUDA devices by name and capability; empty without a driver or a GPU.");

@@ -30,7 +30,10 @@ struct Copy {
   bool valid;
 };
 
+struct Block;
+
 struct Thread {
+  Block* block = nullptr;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int index = 0;
@@ -52,14 +55,20 @@ struct Warp {
   uint32_t a[32][4], b[32][2];
 };
 
-struct Machine {
-  static constexpr size_t kStack = 256 * 1024;
-  std::vector<Thread> threads;
+struct Block {
+  int x = 0;
+  Meeting meeting;
   std::vector<Warp> warps;
-  Meeting block;
   std::vector<unsigned char> shared;
+};
+
+struct Machine {
+  static constexpr size_t kStack = 128 * 1024;
+  std::vector<Thread> threads;  // of all blocks that run at once, block by block
+  std::vector<Block> blocks;
+  Meeting everybody;
   ucontext_t scheduler;
-  int current = 0, x = 0, y = 0, z = 0;
+  int current = 0, block_threads = 0, grid = 0;
   std::mt19937 random;
   std::function<void()> body;
   long steps = 0;  // switches since some meeting was completed
@@ -89,30 +98,41 @@ struct Machine {
     while (at.round == round) give_way();
   }
 
-  void run_block() {
-    for (Warp& w : warps) w.meeting = Meeting{32, 0, 0};
-    block = Meeting{static_cast<int>(threads.size()), 0, 0};
-    std::memset(shared.data(), 0xff, shared.size());
-    for (size_t i = 0; i < threads.size(); ++i) {
-      Thread& t = threads[i];
-      t.index = static_cast<int>(i);
-      t.done = false;
-      t.open.clear();
-      t.groups.clear();
-      if (!t.stack) t.stack.reset(new char[kStack]);
-      getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.get();
-      t.context.uc_stack.ss_size = kStack;
-      t.context.uc_link = &scheduler;
-      makecontext(&t.context, &Machine::entry, 0);
+  void start_thread(Thread& t, int index) {
+    t.index = index % block_threads;
+    t.block = &blocks[index / block_threads];
+    t.done = false;
+    t.open.clear();
+    t.groups.clear();
+    if (!t.stack) t.stack.reset(new char[kStack]);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = &scheduler;
+    makecontext(&t.context, &Machine::entry, 0);
+  }
+
+  // Runs `count` blocks at once, from block `first` on.
+  void run_blocks(int first, int count, int64_t shared_bytes) {
+    blocks.resize(count);
+    threads.resize(static_cast<size_t>(count) * block_threads);
+    everybody = Meeting{static_cast<int>(threads.size()), 0, 0};
+    for (int i = 0; i < count; ++i) {
+      Block& b = blocks[i];
+      b.x = first + i;
+      b.meeting = Meeting{block_threads, 0, 0};
+      b.warps.resize(block_threads / 32);
+      for (Warp& w : b.warps) w.meeting = Meeting{32, 0, 0};
+      b.shared.assign(shared_bytes, 0xff);
     }
+    for (size_t i = 0; i < threads.size(); ++i) start_thread(threads[i], static_cast<int>(i));
     schedule();
   }
 
   // Whole warps in random order, so that most switches find the other 31 lanes ready.
   void schedule() {
     std::vector<int> left;
-    for (size_t w = 0; w < warps.size(); ++w) left.push_back(static_cast<int>(w));
+    for (size_t w = 0; w < threads.size() / 32; ++w) left.push_back(static_cast<int>(w));
     steps = 0;
     while (!left.empty()) {
       const size_t pick = random() % left.size();
@@ -133,28 +153,27 @@ struct Machine {
 
 inline Machine& m() { return Machine::one(); }
 inline Thread& me() { return m().threads[m().current]; }
-inline int lane() { return m().current % 32; }
-inline Warp& warp() { return m().warps[m().current / 32]; }
+inline int lane() { return me().index % 32; }
+inline Warp& warp() { return me().block->warps[me().index / 32]; }
 
 inline void check_shared(const void* p, size_t bytes) {
   const unsigned char* at = static_cast<const unsigned char*>(p);
-  const unsigned char* base = m().shared.data();
-  if (at < base || at + bytes > base + m().shared.size()) throw std::runtime_error("outside shared memory");
+  const std::vector<unsigned char>& shared = me().block->shared;
+  const unsigned char* base = shared.data();
+  if (at < base || at + bytes > base + shared.size()) throw std::runtime_error("outside shared memory");
   if ((at - base) % bytes != 0) throw std::runtime_error("misaligned in shared memory");
 }
 
-// Runs a kernel body over a grid.
-inline void launch(int x, int y, int z, int threads, int64_t shared_bytes, uint32_t seed,
+// Runs a kernel body over a grid; `together`: all blocks at once, as a cooperative launch does.
+inline void launch(int grid, int threads, int64_t shared_bytes, bool together, uint32_t seed,
                    std::function<void()> body) {
   Machine& machine = m();
-  machine.threads.resize(threads);
-  machine.warps.resize(threads / 32);
-  machine.shared.resize(shared_bytes);
+  machine.grid = grid;
+  machine.block_threads = threads;
   machine.random.seed(seed);
   machine.body = std::move(body);
-  for (machine.z = 0; machine.z < z; ++machine.z)
-    for (machine.y = 0; machine.y < y; ++machine.y)
-      for (machine.x = 0; machine.x < x; ++machine.x) machine.run_block();
+  if (together) return machine.run_blocks(0, grid, shared_bytes);
+  for (int x = 0; x < grid; ++x) machine.run_blocks(x, 1, shared_bytes);
 }
 
 inline void gather_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
@@ -199,16 +218,20 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 }  // namespace emulated
 
-inline unsigned char* shared_memory() { return emulated::m().shared.data(); }
-inline int thread_index() { return emulated::m().current; }
-inline int thread_count() { return static_cast<int>(emulated::m().threads.size()); }
-inline int block_x() { return emulated::m().x; }
-inline int block_y() { return emulated::m().y; }
-inline int block_z() { return emulated::m().z; }
+inline unsigned char* shared_memory() { return emulated::me().block->shared.data(); }
+inline int thread_index() { return emulated::me().index; }
+inline int thread_count() { return emulated::m().block_threads; }
+inline int block_x() { return emulated::me().block->x; }
+inline int grid_blocks() { return emulated::m().grid; }
 // IDCORE_EMULATE_NO_BARRIER leaves barriers out: shows that the tests notice.
 inline void sync_block() {
 #if !defined(IDCORE_EMULATE_NO_BARRIER)
-  emulated::m().meet(emulated::m().block);
+  emulated::m().meet(emulated::me().block->meeting);
+#endif
+}
+inline void sync_grid() {
+#if !defined(IDCORE_EMULATE_NO_GRID_BARRIER)
+  emulated::m().meet(emulated::m().everybody);
 #endif
 }
 inline void sync_warp() { emulated::m().meet(emulated::warp().meeting); }
@@ -292,3 +315,4 @@ struct BFloat16 {
 
 #define IDCORE_DEVICE inline
 #define IDCORE_UNROLL
+#define IDCORE_UNROLL_BY_4

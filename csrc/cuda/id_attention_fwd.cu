@@ -12,46 +12,53 @@ constexpr int kMergeThreads = 128;
 
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Task task) {
-  merge_rows<T>(task);
+  merge_block<T>(task);
 }
 
 // Of the current device; without one, the least that sm_80 and newer have.
 Limits device_limits() {
-  Limits limits{0, 99 * 1024};
-  int device = 0;
+  Limits limits{0, 99 * 1024, 100 * 1024, false};
+  int device = 0, cooperative = 0;
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&limits.shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+    limits.cooperative = cooperative != 0;
   }
   return limits;
 }
 
-cudaError_t launch_first(const Task& task, const Sizes& s, cudaStream_t stream) {
-  switch (task.p.head_dim) {
+Launcher launcher_of(int64_t head_dim) {
+  switch (head_dim) {
     case 40:
-      return launch_attend_40(task, s, stream);
+      return launcher_40();
     case 64:
-      return launch_attend_64(task, s, stream);
+      return launcher_64();
     case 80:
-      return launch_attend_80(task, s, stream);
+      return launcher_80();
     case 128:
-      return launch_attend_128(task, s, stream);
-    case 160:
-      return launch_attend_160(task, s, stream);
+      return launcher_128();
     default:
-      return cudaErrorInvalidValue;
+      return launcher_160();
   }
+}
+
+Sizes sizes_of(const IdAttentionParams& p) {
+  const Limits limits = device_limits();
+  return plan(p, limits, [&](const Sizes& s) {
+    return launcher_of(p.head_dim).resident(p, s) * static_cast<int64_t>(limits.multiprocessors);
+  });
 }
 
 cudaError_t launch_merge(const Task& task, cudaStream_t stream) {
   const IdAttentionParams& p = task.p;
-  const dim3 grid(static_cast<unsigned>((p.lq + kMergeRows - 1) / kMergeRows), static_cast<unsigned>(p.heads),
-                  static_cast<unsigned>(p.batch));
-  const size_t bytes = 4 * p.num_identities * (p.head_dim + kMergeRows);
+  const int64_t blocks = (p.lq + kMergeRows - 1) / kMergeRows * p.heads * p.batch;
+  const size_t bytes = merging_bytes(p.num_identities, p.head_dim, kMergeRows, kMergeThreads);
   if (p.dtype == DType::kFloat16) {
-    merge_kernel<Half><<<grid, kMergeThreads, bytes, stream>>>(task);
+    merge_kernel<Half><<<static_cast<unsigned>(blocks), kMergeThreads, bytes, stream>>>(task);
   } else {
-    merge_kernel<BFloat16><<<grid, kMergeThreads, bytes, stream>>>(task);
+    merge_kernel<BFloat16><<<static_cast<unsigned>(blocks), kMergeThreads, bytes, stream>>>(task);
   }
   return cudaGetLastError();
 }
@@ -65,26 +72,25 @@ const char* id_attention_refusal(const IdAttentionParams& p) {
   if (p.num_identities > kMaxIdentities) return "more than 16 identities";
   if (p.heads > 65535 || p.batch > 65535) return "more than 65535 heads or samples";
   if (p.lq > (int64_t{1} << 30) || p.lt > (int64_t{1} << 30)) return "more than 2^30 tokens";
+  if (chunks_of(p, 1) * p.heads * p.batch > INT32_MAX)
+    return "more than 2^31 - 1 blocks of 16 rows of a head";
   return nullptr;
 }
 
-int64_t id_attention_workspace(const IdAttentionParams& p) { return sizes_of(p, 0, device_limits()).total(); }
+Plan id_attention_plan(const IdAttentionParams& p) {
+  if (id_attention_refusal(p) || p.batch == 0 || p.heads == 0 || p.lq == 0) return {0, 0};
+  const Sizes s = sizes_of(p);
+  return {s.total(), two_passes(p) && !s.together ? 2 : 1};
+}
 
 int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream) {
   if (id_attention_refusal(p)) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.heads == 0 || p.lq == 0) return cudaSuccess;
-  const Sizes s = sizes_of(p, 0, device_limits());
-  unsigned char* const scratch = static_cast<unsigned char*>(workspace);
-  Task task{};
-  task.p = p;
-  task.text = reinterpret_cast<uint16_t*>(scratch);
-  task.share = reinterpret_cast<float*>(scratch + s.text_bytes);
-  task.sums = reinterpret_cast<float*>(scratch + s.text_bytes + s.share_bytes);
-  task.blocks = s.blocks;
-  task.aligned = all_aligned(p);
+  const Sizes s = sizes_of(p);
+  const Task task = task_of(p, s, workspace);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  cudaError_t e = launch_first(task, s, on);
-  if (e == cudaSuccess && two_passes(p)) e = launch_merge(task, on);
+  cudaError_t e = launcher_of(p.head_dim).launch(task, s, on);
+  if (e == cudaSuccess && two_passes(p) && !s.together) e = launch_merge(task, on);
   return e;
 }
 

@@ -4,12 +4,8 @@
 namespace idcore {
 namespace cuda {
 
-cudaError_t launch_attend_128(const Task& task, const Sizes& s, cudaStream_t stream) {
-  return launch_attend<128>(task, s, stream);
-}
-cudaError_t launch_attend_160(const Task& task, const Sizes& s, cudaStream_t stream) {
-  return launch_attend<160>(task, s, stream);
-}
+Launcher launcher_128() { return launcher<128>(); }
+Launcher launcher_160() { return launcher<160>(); }
 
 }  // namespace cuda
 }  // namespace idcore

@@ -11,41 +11,74 @@ namespace idcore {
 namespace cuda {
 
 template <class T, int kHeadDim, bool kTwo>
-__global__ void __launch_bounds__(32 * max_warps(kTwo), kHeadDim <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(32 * max_warps(kTwo), blocks_per_multiprocessor(kHeadDim, kTwo))
     attend_kernel(const __grid_constant__ Task task) {
-  attend_rows<T, kHeadDim, kTwo>(task);
+  attend<T, kHeadDim, kTwo>(task);
 }
 
-template <class T, int kHeadDim, bool kTwo>
-cudaError_t launch_attend_as(const Task& task, const Sizes& s, cudaStream_t stream) {
-  static_assert(Geometry<kHeadDim>::shared_bytes(5) == attend_shared_bytes(kHeadDim, 5),
-                "one of them is stale");
-  const IdAttentionParams& p = task.p;
-  const auto kernel = attend_kernel<T, kHeadDim, kTwo>;
-  const int bytes = static_cast<int>(Geometry<kHeadDim>::shared_bytes(s.warps));
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (e != cudaSuccess) return e;
-  const dim3 grid(s.blocks, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-  kernel<<<grid, 32 * s.warps, bytes, stream>>>(task);
-  return cudaGetLastError();
+// What one head dim's kernels can do.
+struct Launcher {
+  cudaError_t (*launch)(const Task& task, const Sizes& s, cudaStream_t stream);
+  // Blocks of the plan that one multiprocessor holds at once; 0 where the device cannot say.
+  int (*resident)(const IdAttentionParams& p, const Sizes& s);
+};
+
+using AttendKernel = void (*)(Task);
+
+template <int kHeadDim>
+AttendKernel attend_kernel_of(const IdAttentionParams& p) {
+  const bool two = two_passes(p);
+  if (p.dtype == DType::kFloat16)
+    return two ? attend_kernel<Half, kHeadDim, true> : attend_kernel<Half, kHeadDim, false>;
+  return two ? attend_kernel<BFloat16, kHeadDim, true> : attend_kernel<BFloat16, kHeadDim, false>;
 }
 
 template <int kHeadDim>
 cudaError_t launch_attend(const Task& task, const Sizes& s, cudaStream_t stream) {
-  const bool two = two_passes(task.p);
-  if (task.p.dtype == DType::kFloat16)
-    return two ? launch_attend_as<Half, kHeadDim, true>(task, s, stream)
-               : launch_attend_as<Half, kHeadDim, false>(task, s, stream);
-  return two ? launch_attend_as<BFloat16, kHeadDim, true>(task, s, stream)
-             : launch_attend_as<BFloat16, kHeadDim, false>(task, s, stream);
+  static_assert(Geometry<kHeadDim>::kSlotBytes == slot_bytes(kHeadDim, 1), "one of them is stale");
+  static_assert(4 * Geometry<kHeadDim>::kStageElements == stage_bytes(kHeadDim), "one of them is stale");
+  const AttendKernel kernel = attend_kernel_of<kHeadDim>(task.p);
+  const cudaError_t e =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes);
+  if (e != cudaSuccess) return e;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(s.grid));
+  config.blockDim = dim3(static_cast<unsigned>(32 * s.warps));
+  config.dynamicSmemBytes = static_cast<size_t>(s.shared_bytes);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = s.together ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, task);
 }
 
-// Defined in id_attention_d*.cu.
-cudaError_t launch_attend_40(const Task& task, const Sizes& s, cudaStream_t stream);
-cudaError_t launch_attend_64(const Task& task, const Sizes& s, cudaStream_t stream);
-cudaError_t launch_attend_80(const Task& task, const Sizes& s, cudaStream_t stream);
-cudaError_t launch_attend_128(const Task& task, const Sizes& s, cudaStream_t stream);
-cudaError_t launch_attend_160(const Task& task, const Sizes& s, cudaStream_t stream);
+template <int kHeadDim>
+int resident_attend(const IdAttentionParams& p, const Sizes& s) {
+  const AttendKernel kernel = attend_kernel_of<kHeadDim>(p);
+  int blocks = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * s.warps,
+                                                    static_cast<size_t>(s.shared_bytes)) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return blocks;
+}
+
+template <int kHeadDim>
+Launcher launcher() {
+  return {&launch_attend<kHeadDim>, &resident_attend<kHeadDim>};
+}
+
+// Defined in id_attention_small.cu and id_attention_large.cu.
+Launcher launcher_40();
+Launcher launcher_64();
+Launcher launcher_80();
+Launcher launcher_128();
+Launcher launcher_160();
 
 }  // namespace cuda
 }  // namespace idcore

@@ -1,10 +1,16 @@
-// How one call of `id_attention` is cut into blocks and what scratch memory it needs. Host code, no CUDA
-// header.
+// How one call of `id_attention` is cut into blocks, what shared and scratch memory it needs, and whether one
+// launch does it. Host code, no CUDA header.
 #pragma once
 
 #include <cstdint>
 
 #include "id_attention.h"
+
+#if defined(__CUDACC__)
+#define IDCORE_BOTH_SIDES __host__ __device__
+#else
+#define IDCORE_BOTH_SIDES
+#endif
 
 namespace idcore {
 namespace cuda {
@@ -12,49 +18,122 @@ namespace cuda {
 struct Limits {
   int32_t multiprocessors;
   int32_t shared_bytes;  // of one block, at most
+  int32_t shared_all;    // of one multiprocessor
+  bool cooperative;      // can launch a grid whose blocks wait for each other
 };
 
 struct Sizes {
   int32_t warps;   // of a block of attend_kernel
-  int32_t blocks;  // of it along the rows
+  int32_t chunks;  // tiles along the rows
+  int32_t tiles;
+  int32_t grid;         // blocks of attend_kernel
+  int32_t slots;        // tiles that a block holds in shared memory
+  int32_t slot_offset;  // bytes before the first
+  int32_t shared_bytes;
+  bool together;  // one launch: blocks wait for each other and finish ortho themselves
   int64_t text_bytes, share_bytes, sums_bytes;
   int64_t total() const { return text_bytes + share_bytes + sums_bytes; }
 };
 
-inline int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+constexpr int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline bool two_passes(const IdAttentionParams& p) { return p.merge != Merge::kAdd && p.num_identities > 0; }
 
 // Most warps a block of attend_kernel has. Two passes need more registers a thread; with six warps two blocks
 // of head dim 64 still fit on a multiprocessor, and nothing spills.
 constexpr int max_warps(bool two) { return two ? 6 : 8; }
-
-// Shared memory of a block of attend_kernel: two stages of 32 keys and values, then of each warp its rows,
-// its running result and its part of the sums.
-constexpr int64_t attend_shared_bytes(int64_t head_dim, int64_t warps) {
-  const int64_t pitch = (head_dim + 15) / 16 * 16 + 8;
-  return 2 * (2 * 2 * 32 * pitch + warps * 16 * pitch) + 4 * warps * (16 * head_dim + 2 * head_dim);
+// Blocks of most warps that a multiprocessor's registers hold (the kernels' launch bounds say the same).
+constexpr int blocks_per_multiprocessor(int64_t head_dim, bool two) {
+  return head_dim <= (two ? 64 : 80) ? 2 : 1;
 }
 
-// Many warps a block save reads of K and V; fewer where the call is too small to fill the GPU with such
-// blocks, or where shared memory is short (99 KB on sm_89). `warps` forces it, 0 chooses.
-inline Sizes sizes_of(const IdAttentionParams& p, int32_t warps, const Limits& limits) {
+// Shared memory of a block of attend_kernel: two stages of 32 keys and values, with two passes every warp's
+// part of the sums, then the slots: of each warp its rows and its running result.
+constexpr int64_t row_pitch(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 8; }
+constexpr int64_t stage_bytes(int64_t head_dim) { return 2 * 2 * 2 * 32 * row_pitch(head_dim); }
+constexpr int64_t slot_bytes(int64_t head_dim, int64_t warps) {
+  return warps * 16 * (2 * row_pitch(head_dim) + 4 * head_dim);
+}
+
+// Floats of scratch for the sum over tiles.
+IDCORE_BOTH_SIDES constexpr int merging_scratch(int n, int dim, int threads) {
+  return n * 2 * dim > 4 * threads ? n * 2 * dim : 4 * threads;
+}
+constexpr int64_t merging_bytes(int n, int64_t head_dim, int rows, int threads) {
+  return 4 * (merging_scratch(n, static_cast<int>(head_dim), threads) + n * (head_dim + rows));
+}
+
+// The step behind the barrier takes the memory of the stages and of the sums.
+inline int64_t slot_offset(const IdAttentionParams& p, int warps) {
+  const int64_t stages = stage_bytes(p.head_dim);
+  if (!two_passes(p)) return stages;
+  const int64_t sums = stages + 4 * warps * 2 * p.head_dim;
+  const int64_t merge = (merging_bytes(p.num_identities, p.head_dim, warps * 16, warps * 32) + 15) / 16 * 16;
+  return sums > merge ? sums : merge;
+}
+
+inline int64_t chunks_of(const IdAttentionParams& p, int warps) {
+  return (p.lq + warps * 16 - 1) / (warps * 16);
+}
+
+inline Sizes complete(const IdAttentionParams& p, int warps, int64_t grid, int64_t slots, bool together) {
   Sizes s{};
   s.warps = warps;
-  if (warps == 0) {
-    s.warps = max_warps(two_passes(p));
-    while (s.warps > 1 &&
-           (p.lq + s.warps * 16 - 1) / (s.warps * 16) * p.heads * p.batch < 2 * limits.multiprocessors)
-      s.warps /= 2;
-    while (s.warps > 1 && attend_shared_bytes(p.head_dim, s.warps) > limits.shared_bytes) --s.warps;
-  }
-  s.blocks = static_cast<int32_t>((p.lq + s.warps * 16 - 1) / (s.warps * 16));
+  s.chunks = static_cast<int32_t>(chunks_of(p, warps));
+  s.tiles = static_cast<int32_t>(s.chunks * p.heads * p.batch);
+  s.grid = together ? static_cast<int32_t>(grid) : s.tiles;
+  s.slots = static_cast<int32_t>(slots);
+  s.slot_offset = static_cast<int32_t>(slot_offset(p, warps));
+  s.shared_bytes = static_cast<int32_t>(s.slot_offset + slots * slot_bytes(p.head_dim, warps));
+  s.together = together;
   if (!two_passes(p)) return s;
   const int64_t heads = p.batch * p.heads;
-  s.text_bytes = round_up_256(2 * heads * p.lq * p.head_dim);
+  const bool leaves = !together || s.tiles > static_cast<int64_t>(s.grid) * slots;
+  s.text_bytes = leaves ? round_up_256(2 * heads * p.lq * p.head_dim) : 0;
   s.share_bytes = p.merge == Merge::kOrthoV2 ? round_up_256(4 * p.num_identities * heads * p.lq) : 0;
-  s.sums_bytes = round_up_256(4 * 2 * s.blocks * p.num_identities * heads * p.head_dim);
+  s.sums_bytes = round_up_256(4 * 2 * s.chunks * p.num_identities * heads * p.head_dim);
   return s;
+}
+
+// One tile a block. Many warps save reads of K and V; fewer where the call is too small to fill the GPU with
+// such blocks, or where shared memory is short (99 KB on sm_89).
+inline Sizes plan_apart(const IdAttentionParams& p, const Limits& limits) {
+  int warps = max_warps(two_passes(p));
+  while (warps > 1 && chunks_of(p, warps) * p.heads * p.batch < 2 * limits.multiprocessors) warps /= 2;
+  while (warps > 1 && slot_offset(p, warps) + slot_bytes(p.head_dim, warps) > limits.shared_bytes) --warps;
+  return complete(p, warps, 0, 1, false);
+}
+
+// One launch of as many blocks as run at once, each with several tiles; false where too little of the result
+// would stay on the chip. The best block size keeps the multiprocessors busy with the fewest rounds of warps;
+// the cost of one more warp a round per tile, and a quarter of the tiles on the chip, are our choice.
+inline bool plan_together(const IdAttentionParams& p, const Limits& limits, Sizes* best) {
+  if (!limits.cooperative || !two_passes(p) || limits.multiprocessors == 0) return false;
+  const int per = blocks_per_multiprocessor(p.head_dim, true);
+  const int64_t resident = static_cast<int64_t>(per) * limits.multiprocessors;
+  int64_t room = limits.shared_all / per - 1024;  // the driver takes 1 KB a block
+  if (room > limits.shared_bytes) room = limits.shared_bytes;
+  int64_t least = INT64_MAX;
+  for (int warps = max_warps(true); warps > 0; --warps) {
+    const int64_t tiles = chunks_of(p, warps) * p.heads * p.batch;
+    const int64_t rounds = (tiles + resident - 1) / resident, grid = (tiles + rounds - 1) / rounds;
+    const int64_t fit = (room - slot_offset(p, warps)) / slot_bytes(p.head_dim, warps);
+    const int64_t slots = fit < rounds ? fit : rounds;
+    if (slots < 1 || (rounds > 1 && slots < 2) || rounds > 4 * slots || rounds * (warps + 1) >= least)
+      continue;
+    least = rounds * (warps + 1);
+    *best = complete(p, warps, grid, slots, true);
+  }
+  return least != INT64_MAX;
+}
+
+// `resident`: blocks of attend_kernel that the device holds at once, asked with a plan; a plan for one launch
+// that would not fit is not taken.
+template <class Resident>
+Sizes plan(const IdAttentionParams& p, const Limits& limits, Resident resident) {
+  Sizes s{};
+  if (plan_together(p, limits, &s) && resident(s) >= s.grid) return s;
+  return plan_apart(p, limits);
 }
 
 inline bool aligned16(const HeadTensor& t) {
@@ -65,6 +144,7 @@ inline bool aligned16(const HeadTensor& t) {
 // True where all rows of q, K, V and out start at multiples of 16 bytes.
 inline bool all_aligned(const IdAttentionParams& p) {
   bool all = aligned16(p.q) && aligned16(p.k_text) && aligned16(p.v_text) && aligned16(p.out);
+  all = all && p.stage.k_stride % 8 == 0 && p.stage.v_stride % 8 == 0;
   for (int j = 0; j < p.num_identities; ++j)
     all = all && aligned16(p.identity[j].k) && aligned16(p.identity[j].v);
   return all;

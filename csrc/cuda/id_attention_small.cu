@@ -4,15 +4,9 @@
 namespace idcore {
 namespace cuda {
 
-cudaError_t launch_attend_40(const Task& task, const Sizes& s, cudaStream_t stream) {
-  return launch_attend<40>(task, s, stream);
-}
-cudaError_t launch_attend_64(const Task& task, const Sizes& s, cudaStream_t stream) {
-  return launch_attend<64>(task, s, stream);
-}
-cudaError_t launch_attend_80(const Task& task, const Sizes& s, cudaStream_t stream) {
-  return launch_attend<80>(task, s, stream);
-}
+Launcher launcher_40() { return launcher<40>(); }
+Launcher launcher_64() { return launcher<64>(); }
+Launcher launcher_80() { return launcher<80>(); }
 
 }  // namespace cuda
 }  // namespace idcore

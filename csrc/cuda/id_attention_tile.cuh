@@ -22,14 +22,16 @@ struct Geometry {
   static constexpr int kRowElements = kWarpRows * kPitch;    // of a warp: q, then h, then the result
   static constexpr int kSpareFloats = kWarpRows * kHeadDim;  // of a warp: the running result
 
-  static constexpr int64_t shared_bytes(int warps) {
-    return 2 * (2 * kStageElements + warps * kRowElements) + 4 * warps * (kSpareFloats + 2 * kHeadDim);
-  }
+  static constexpr int kSlotBytes = 2 * kRowElements + 4 * kSpareFloats;
 };
 
-// log2 of the softmax's sums while blocks of keys pass by; two rows a thread: lane / 4 and lane / 4 + 8.
+// How far a logit (base 2) may rise above the reference before the sums are rescaled: any reference gives the
+// same quotient. At 8, weights stay below 256, well inside float16, and their power sqrt(D) inside float32.
+constexpr float kHeadroom = 8.f;
+
+// The softmax's sums while blocks of keys pass by; two rows a thread: lane / 4 and lane / 4 + 8.
 struct RowState {
-  float top[2];
+  float top[2];  // the reference, a base-2 logit at most kHeadroom below the largest
   float sum[2];
   float sum_unscaled[2];  // of the softmax of unscaled logits (ortho_v2)
   float first[2];         // what the first num_global tokens get of it
@@ -88,11 +90,12 @@ IDCORE_DEVICE void load_query(uint32_t (&q)[Geometry<kHeadDim>::kSteps][4], cons
   for (int step = 0; step < G::kSteps; ++step) load_matrices(q[step], at + step * 16);
 }
 
-// Base-2 logits of 16 rows against kKeys keys; whole pairs of column tiles past `count` are left out.
+// Products of 16 rows with kKeys keys, not yet divided by sqrt(D); -infinity past `count`. Whole pairs of
+// column tiles past it are left out.
 template <class T, int kHeadDim>
 IDCORE_DEVICE void score(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
                          const uint32_t (&q)[Geometry<kHeadDim>::kSteps][4], const uint16_t* keys, int count,
-                         float factor, int lane) {
+                         int lane) {
   using G = Geometry<kHeadDim>;
   const uint16_t* at = keys + ((lane & 7) + (lane >> 4) * 8) * G::kPitch + (lane >> 3 & 1) * 8;
   IDCORE_UNROLL
@@ -108,37 +111,56 @@ IDCORE_DEVICE void score(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
       T::multiply(s[2 * pair + 1], q[step], k[2], k[3]);
     }
   }
+  if (count >= G::kKeys) return;
   IDCORE_UNROLL
   for (int tile = 0; tile < 2 * G::kPairs; ++tile) {
     IDCORE_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int key = tile * 8 + (lane & 3) * 2 + (e & 1);
-      s[tile][e] = key < count ? s[tile][e] * factor : -INFINITY;
-    }
+    for (int e = 0; e < 4; ++e)
+      if (tile * 8 + (lane & 3) * 2 + (e & 1) >= count) s[tile][e] = -INFINITY;
   }
 }
 
-// Turns logits into weights exp2(x - top), keeps the sums, and scales what was accumulated so far.
+// Moves the reference of one row to `top` and scales what was summed under the old one.
+template <int kHeadDim, bool kShare>
+IDCORE_DEVICE void rescale(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, int half, float top,
+                           float root) {
+  const float difference = state.top[half] - top;  // -infinity where nothing was summed
+  const float old = exp2_fast(difference);
+  state.sum[half] *= old;
+  if (kShare) {
+    const float old_unscaled = unscaled<kHeadDim>(difference, old, root);
+    state.sum_unscaled[half] *= old_unscaled;
+    state.first[half] *= old_unscaled;
+  }
+  state.top[half] = top;
+  IDCORE_UNROLL
+  for (int tile = 0; tile < Geometry<kHeadDim>::kTiles; ++tile) {
+    acc[tile][2 * half] *= old;
+    acc[tile][2 * half + 1] *= old;
+  }
+}
+
+// Turns products into weights exp2(factor * product - top) and keeps the sums.
 template <int kHeadDim, bool kShare>
 IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
-                         float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, int first_tokens,
-                         float root, int lane) {
+                         float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, float factor,
+                         int first_tokens, float root, int lane) {
   using G = Geometry<kHeadDim>;
   IDCORE_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float top = state.top[half];
+    float largest = -INFINITY;
     IDCORE_UNROLL
     for (int tile = 0; tile < 2 * G::kPairs; ++tile)
-      top = max2(top, max2(s[tile][2 * half], s[tile][2 * half + 1]));
-    top = row_max(top);
-    const float base = top == -INFINITY ? 0.f : top;
-    const float old = exp2_fast(state.top[half] - base);
+      largest = max2(largest, max2(s[tile][2 * half], s[tile][2 * half + 1]));
+    const float top = row_max(largest) * factor;
+    if (top > state.top[half] + kHeadroom) rescale<kHeadDim, kShare>(acc, state, half, top, root);
+    const float base = state.top[half] == -INFINITY ? 0.f : state.top[half];  // all keys are masked out
     float sum = 0.f, sum_unscaled = 0.f, got = 0.f;
     IDCORE_UNROLL
     for (int tile = 0; tile < 2 * G::kPairs; ++tile) {
       IDCORE_UNROLL
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        const float difference = s[tile][e] - base;
+        const float difference = fmaf(s[tile][e], factor, -base);
         const float p = exp2_fast(difference);
         s[tile][e] = p;
         sum += p;
@@ -149,18 +171,9 @@ IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
         }
       }
     }
-    if (kShare) {
-      const float old_unscaled = unscaled<kHeadDim>(state.top[half] - base, old, root);
-      state.sum_unscaled[half] = state.sum_unscaled[half] * old_unscaled + sum_unscaled;
-      state.first[half] = state.first[half] * old_unscaled + got;
-    }
-    state.sum[half] = state.sum[half] * old + sum;
-    state.top[half] = top;
-    IDCORE_UNROLL
-    for (int tile = 0; tile < G::kTiles; ++tile) {
-      acc[tile][2 * half] *= old;
-      acc[tile][2 * half + 1] *= old;
-    }
+    state.sum[half] += sum;
+    if (kShare) state.sum_unscaled[half] += sum_unscaled;
+    if (kShare) state.first[half] += got;
   }
 }
 
@@ -203,6 +216,26 @@ IDCORE_DEVICE void stage(uint16_t* rows, const float (&x)[Geometry<kHeadDim>::kT
 struct alignas(16) Vector16 {
   uint32_t word[4];
 };
+struct alignas(16) Float4 {
+  float x[4];
+};
+
+// Eight elements of memory whose address may or may not be a multiple of 16.
+IDCORE_DEVICE Vector16 load_vector(const uint16_t* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Vector16*>(from);
+  Vector16 x;
+  IDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) x.word[e] = from[2 * e] | static_cast<uint32_t>(from[2 * e + 1]) << 16;
+  return x;
+}
+IDCORE_DEVICE void store_vector(uint16_t* to, const Vector16& x, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Vector16*>(to) = x;
+    return;
+  }
+  IDCORE_UNROLL
+  for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(x.word[e / 2] >> (e % 2 * 16));
+}
 
 // The warp's staged rows to memory, 16 bytes a lane where addresses allow.
 template <int kHeadDim>
@@ -214,14 +247,8 @@ IDCORE_DEVICE void write_rows(uint16_t* matrix, int64_t stride, const uint16_t* 
     const int row = v / kVectors;
     const int column = v % kVectors * 8;
     if (first + row >= count) continue;
-    const uint16_t* from = rows + row * G::kPitch + column;
-    uint16_t* to = matrix + (first + row) * stride + column;
-    if (aligned) {
-      *reinterpret_cast<Vector16*>(to) = *reinterpret_cast<const Vector16*>(from);
-    } else {
-      IDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) to[e] = from[e];
-    }
+    const Vector16 x = *reinterpret_cast<const Vector16*>(rows + row * G::kPitch + column);
+    store_vector(matrix + (first + row) * stride + column, x, aligned);
   }
 }
 

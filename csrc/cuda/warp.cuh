@@ -10,6 +10,7 @@
 #if defined(IDCORE_EMULATE)
 #include "emulate.h"
 #else
+#include <cooperative_groups.h>
 
 namespace idcore {
 namespace cuda {
@@ -20,10 +21,11 @@ __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_share
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
 __device__ __forceinline__ int thread_count() { return blockDim.x; }
 __device__ __forceinline__ int block_x() { return blockIdx.x; }
-__device__ __forceinline__ int block_y() { return blockIdx.y; }
-__device__ __forceinline__ int block_z() { return blockIdx.z; }
+__device__ __forceinline__ int grid_blocks() { return gridDim.x; }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+// Only in a cooperative launch. Memory written before it by any block may be read behind it by all.
+__device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 __device__ __forceinline__ float exchange_xor(float v, int lanes) {
   return __shfl_xor_sync(0xffffffffu, v, lanes);
@@ -116,4 +118,5 @@ struct BFloat16 {
 
 #define IDCORE_DEVICE __device__ __forceinline__
 #define IDCORE_UNROLL _Pragma("unroll")
+#define IDCORE_UNROLL_BY_4 _Pragma("unroll 4")
 #endif

@@ -1,7 +1,9 @@
 """`id_attention` by the compiled CUDA kernels (csrc/cuda): forward for inference in float16 and bfloat16.
 
-One launch for "add", two for "ortho" and "ortho_v2". The kernels allocate nothing and wait for nothing, so a call
-may be captured in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive).
+One launch for "add"; one for "ortho" and "ortho_v2" where the grid fits the device at once (a cooperative launch, the
+tiles' results kept on the chip), else two. The kernels allocate nothing and wait for nothing, so a call may be captured
+in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive). Stage indices and tensor
+scales are read from device memory when the kernels run.
 """
 
 from __future__ import annotations
@@ -63,8 +65,6 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"{len(call.li)} identities (at most {native.MAX_IDENTITIES})")
     if max(call.heads, call.batch) > 65535:
         reasons.append("more than 65535 heads or samples")
-    if call.stages:
-        reasons.append("a stage bank")
     if not call.dense_last_dim:
         reasons.append("the head dim of q, k or v is not contiguous (call .contiguous() on it)")
     if call.needs_grad:
@@ -77,6 +77,13 @@ def call_tuples(a: Args, result: Tensor) -> tuple[tuple, Tensor | None]:
     return native.call_tuples(a, result, (torch.float32, a.q.dtype))
 
 
+def launches(a: Args) -> int:
+    """Kernels that `forward` starts for this call on the tensors' device."""
+    with torch.cuda.device(a.q.device):
+        tuples, _ = call_tuples(a, torch.empty_like(a.q))
+        return _load()[0].id_attention_cuda_plan(*tuples)[1]
+
+
 def forward(a: Args, out: Tensor | None = None) -> Tensor:
     """[B, H, Lq, D], dtype of q, in memory order B, Lq, H, D; written into `out` if given."""
     module, q = _load()[0], a.q
@@ -85,7 +92,7 @@ def forward(a: Args, out: Tensor | None = None) -> Tensor:
     result = out if direct else q.new_empty(b, lq, h, d).transpose(1, 2)
     with torch.cuda.device(q.device):
         tuples, keep = call_tuples(a, result)
-        size = module.id_attention_cuda_workspace(*tuples) if a.merge != "add" else 0
+        size = module.id_attention_cuda_plan(*tuples)[0] if a.merge != "add" else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
         stream = torch.cuda.current_stream().cuda_stream
         module.id_attention_cuda(*tuples, scratch.data_ptr(), stream)

@@ -34,6 +34,8 @@ class Case:
     bias: bool = False
     # packed: [B, L, H*D]; plain: contiguous; holes: head dim inside a wider one; cut: from a longer L
     layout: str = "packed"
+    stages: int = 0  # of a bank of text keys and values; 0: no bank
+    stage_rows: int = 1  # indices into it: 1 or b
     seed: int = 0
 
     def with_(self, **changes) -> Case:
@@ -46,8 +48,16 @@ def _tensor(c: Case, generator: torch.Generator, batch: int, length: int) -> tor
     return x.to(c.dtype).float()
 
 
+def _text(c: Case, generator: torch.Generator) -> torch.Tensor:
+    """[text_rows, H, Lt, D], or a bank [stages, text_rows, H, Lt, D]."""
+    one = [_tensor(c, generator, c.text_rows, c.lt) for _ in range(max(1, c.stages))]
+    return torch.stack(one) if c.stages else one[0]
+
+
 def _lay_out(c: Case, x: torch.Tensor) -> torch.Tensor:
     """The same values in the case's strides; whatever lies around them is NaN."""
+    if x.dim() == 5:
+        return _lay_out(c, x.flatten(0, 1)).unflatten(0, x.shape[:2])
     b, h, n, d = x.shape
     nan = float("nan")
     if c.layout == "packed":
@@ -66,7 +76,8 @@ def _lay_out(c: Case, x: torch.Tensor) -> torch.Tensor:
 def build(c: Case) -> tuple[Args, Args]:
     """The call in the case's dtype and layout, and in float64."""
     g = torch.Generator().manual_seed(c.seed)
-    q, kt, vt = _tensor(c, g, c.b, c.lq), _tensor(c, g, c.text_rows, c.lt), _tensor(c, g, c.text_rows, c.lt)
+    q, kt, vt = _tensor(c, g, c.b, c.lq), _text(c, g), _text(c, g)
+    stage = (torch.arange(c.stage_rows) * 2 + 1) % c.stages if c.stages else None
     ks = [_tensor(c, g, r, n) for r, n in zip(c.rows, c.li)]
     vs = [_tensor(c, g, r, n) for r, n in zip(c.rows, c.li)]
     scale = torch.randn(len(c.li), c.b, generator=g) if c.scale == "tensor" else c.scale
@@ -78,7 +89,7 @@ def build(c: Case) -> tuple[Args, Args]:
             put(q), put(kt), put(vt), [put(k) for k in ks], [put(v) for v in vs], id_scale=scale,
             id_mask=mask,
             merge=c.merge, num_zero=c.zero, num_global=c.num_global,
-            text_bias=None if bias is None else bias.clone(),
+            text_bias=None if bias is None else bias.clone(), stage=stage,
         )  # fmt: skip
 
     return args(lambda x: _lay_out(c, x.to(c.dtype))), args(lambda x: x.double())

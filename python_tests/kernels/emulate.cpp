@@ -1,6 +1,8 @@
 // Runs the CUDA kernels of id_attention on the host; see csrc/cuda/emulate.h. Loaded by
 // test_cuda_emulated.py.
 #define IDCORE_EMULATE
+#include <algorithm>
+
 #include "cuda/id_attention_attend.cuh"
 #include "cuda/id_attention_merge.cuh"
 #include "cuda/id_attention_plan.h"
@@ -16,18 +18,17 @@ template <class T, int kHeadDim>
 void run(const Task& task, const Sizes& s, uint32_t seed) {
   const IdAttentionParams& p = task.p;
   const bool two = two_passes(p);
-  const int64_t bytes = Geometry<kHeadDim>::shared_bytes(s.warps);
-  emulated::launch(s.blocks, p.heads, p.batch, 32 * s.warps, bytes, seed, [&] {
+  emulated::launch(s.grid, 32 * s.warps, s.shared_bytes, s.together, seed, [&] {
     if (two) {
-      attend_rows<T, kHeadDim, true>(task);
+      attend<T, kHeadDim, true>(task);
     } else {
-      attend_rows<T, kHeadDim, false>(task);
+      attend<T, kHeadDim, false>(task);
     }
   });
-  if (!two) return;
-  const int blocks = static_cast<int>((p.lq + kMergeRows - 1) / kMergeRows);
-  const int64_t merge_bytes = 4 * p.num_identities * (p.head_dim + kMergeRows);
-  emulated::launch(blocks, p.heads, p.batch, 128, merge_bytes, seed, [&] { merge_rows<T>(task); });
+  if (!two || s.together) return;
+  const int64_t blocks = (p.lq + kMergeRows - 1) / kMergeRows * p.heads * p.batch;
+  const int64_t bytes = merging_bytes(p.num_identities, p.head_dim, kMergeRows, 128);
+  emulated::launch(static_cast<int>(blocks), 128, bytes, false, seed, [&] { merge_block<T>(task); });
 }
 
 template <class T>
@@ -52,24 +53,22 @@ bool by_head_dim(const Task& task, const Sizes& s, uint32_t seed) {
 
 extern "C" int64_t params_bytes() { return sizeof(IdAttentionParams); }
 
-// Warps of a block on a GPU with these limits, and whether its shared memory suffices.
-extern "C" int planned_warps(const IdAttentionParams* p, int multiprocessors, int shared_bytes) {
-  const Sizes s = sizes_of(*p, 0, {multiprocessors, shared_bytes});
-  return attend_shared_bytes(p->head_dim, s.warps) <= shared_bytes ? s.warps : -1;
+// The plan for a GPU with these limits that holds `resident` blocks at once.
+// got: warps, grid, slots, together, bytes of shared memory, bytes of scratch
+extern "C" void planned(const IdAttentionParams* p, const Limits* limits, int64_t resident, int64_t* got) {
+  const Sizes s = plan(*p, *limits, [&](const Sizes&) { return resident; });
+  const int64_t all[] = {s.warps, s.grid, s.slots, s.together, s.shared_bytes, s.total()};
+  std::copy(all, all + 6, got);
 }
 
-// Null, or what went wrong.
-extern "C" const char* id_attention_emulated(const IdAttentionParams* p, int warps, uint32_t seed) {
+// grid 0: two launches. Null, or what went wrong.
+extern "C" const char* id_attention_emulated(const IdAttentionParams* p, int warps, int grid, int slots,
+                                             uint32_t seed) {
   try {
-    const Sizes s = sizes_of(*p, warps, {132, 227 * 1024});
-    std::vector<unsigned char> workspace(s.total() + 1, 0xff);
-    Task task{};
-    task.p = *p;
-    task.text = reinterpret_cast<uint16_t*>(workspace.data());
-    task.share = reinterpret_cast<float*>(workspace.data() + s.text_bytes);
-    task.sums = reinterpret_cast<float*>(workspace.data() + s.text_bytes + s.share_bytes);
-    task.blocks = s.blocks;
-    task.aligned = all_aligned(*p);
+    const Sizes s = complete(*p, warps, grid, grid ? slots : 1, grid != 0);
+    std::vector<unsigned char> workspace(s.total() + 256, 0xff);
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
+    const Task task = task_of(*p, s, reinterpret_cast<void*>(start));
     const bool known =
         p->dtype == DType::kFloat16 ? by_head_dim<Half>(task, s, seed) : by_head_dim<BFloat16>(task, s, seed);
     return known ? nullptr : "head_dim not built";

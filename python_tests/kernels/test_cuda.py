@@ -51,14 +51,18 @@ def module():
 def test_scratch_memory_is_sized_by_the_call():
     m = module()
 
-    def size(**changes) -> int:
+    def plan(**changes) -> tuple[int, int]:
         a, _ = build(Case(dtype=torch.float16, **changes))
-        return m.id_attention_cuda_workspace(*cuda.call_tuples(a, torch.empty_like(a.q))[0])
+        return m.id_attention_cuda_plan(*cuda.call_tuples(a, torch.empty_like(a.q))[0])
 
     b, h, lq, d = 2, 2, 33, 64
-    assert size() == 0
-    assert size(merge="ortho") >= 2 * b * h * lq * d + 4 * 2 * b * h * d
-    assert size(merge="ortho_v2") >= size(merge="ortho") + 4 * b * h * lq
+    assert plan() == (0, 1)
+    assert plan(lq=0) == (0, 0)
+    assert plan(merge="ortho", li=(), rows=(), scale=1.0) == (0, 1)
+    two = plan(merge="ortho")
+    assert two[0] >= 4 * 2 * b * h * d and two[1] in (1, 2)
+    assert two[1] == 1 or two[0] >= 2 * b * h * lq * d + 4 * 2 * b * h * d
+    assert plan(merge="ortho_v2")[0] >= two[0] + 4 * b * h * lq
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
