@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..env import command_line, machine
-from . import id_attention, peak
+from . import e2e, id_attention, peak
 
 OPS = {"id_attention": id_attention}
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
+    e2e.add_arguments(commands.add_parser("e2e", help="one pass of a whole UNet, with and without identity"))
     for p in commands.choices.values():
         p.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
         p.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
     if options.command == "peak":
         report["rows"] = peak.rows(torch.get_num_threads())
+    elif options.command == "e2e":
+        report.update(e2e.run(options))
     else:
         report.update(id_attention.run(options))
     if options.json:

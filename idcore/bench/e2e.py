@@ -1,0 +1,177 @@
+"""Times one pass of a whole UNet with and without identity, and the cross-attention layers' own part of it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import attach
+from ..attention.sites import attention_of, find_sites
+from ..attention.types import AttentionOptions, Site
+from ..identity import Identity
+from .launches import count_launches
+from .rivals import EagerIdProcessor, TextOnlyProcessor
+from .unets import BASES, base_model
+
+VARIANTS = ("stock", "own_text_only", "id", "id_eager")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTH = 2048  # of an identity token, as in PuLID
+
+
+class RandomSystem:
+    """Random projections of identity tokens for every cross-attention layer, float32 as published adapters are."""
+
+    name = "bench"
+    options = AttentionOptions("ortho_v2", num_zero=8)
+
+    def __init__(self, unet: nn.Module, device: str) -> None:
+        g = torch.Generator(device).manual_seed(1)
+        self.weights: dict[str, tuple[Tensor, Tensor]] = {}
+        for site in find_sites(unet):
+            shape = (site.hidden, WIDTH)
+            pair = [torch.empty(shape, device=device).uniform_(-1, 1, generator=g) * WIDTH**-0.5 for _ in range(2)]
+            self.weights[site.name] = (pair[0], pair[1])
+
+    def sites(self, unet: nn.Module) -> list[Site]:
+        """All cross-attention layers."""
+        return find_sites(unet)
+
+    def project(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[Bi, Li, E] -> keys and values [Bi, Li, C]"""
+        k, v = self.weights[site.name]
+        return tokens @ k.T, tokens @ v.T
+
+
+class Clock:
+    """Seconds spent in the cross-attention layers of the last pass, projections included."""
+
+    def __init__(self, unet: nn.Module, device: str) -> None:
+        self.seconds, self._start, self._device = 0.0, 0.0, device
+        for site in find_sites(unet):
+            layer = attention_of(unet, site)
+            layer.register_forward_pre_hook(self._enter)
+            layer.register_forward_hook(self._leave)
+
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _enter(self, *_: Any) -> None:
+        self._start = self._now()
+
+    def _leave(self, *_: Any) -> None:
+        self.seconds += self._now() - self._start
+
+    def one_pass(self, forward: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of the pass, and of the cross-attention layers in it."""
+        self.seconds = 0.0
+        start = self._now()
+        forward()
+        return self._now() - start, self.seconds
+
+
+def variants(unet: nn.Module, system: RandomSystem, person: Identity) -> dict[str, nn.Module]:
+    """One UNet for each of VARIANTS, all on the same weights, so that each keeps what it may keep from step to step."""
+    weights = {id(t): t for t in (*unet.parameters(), *unet.buffers())}
+    unets = {v: copy.deepcopy(unet, dict(weights)) for v in VARIANTS}
+    attach(unets["id"], system, person, id_scale=0.8, cfg=False)
+    for site in find_sites(unet):
+        attention_of(unets["own_text_only"], site).processor = TextOnlyProcessor()
+        eager = EagerIdProcessor(*system.weights[site.name], person.tokens, system.options)
+        attention_of(unets["id_eager"], site).processor = eager
+    return unets
+
+
+def _measure(unets: dict[str, nn.Module], clocks: dict[str, Clock], inputs: dict[str, Any], options):
+    """Medians of interleaved passes: {variant: (unet seconds, processors' seconds)}, and the results."""
+    samples: dict[str, list[tuple[float, float]]] = {v: [] for v in VARIANTS}
+    results: dict[str, Tensor] = {}
+    for turn in range(options.warmup + options.rounds):
+        for variant in VARIANTS:
+            took = clocks[variant].one_pass(lambda v=variant: results.__setitem__(v, unets[v](**inputs).sample))
+            print(f"turn {turn} {variant}: {took[0]:.2f} s, processors {took[1]:.3f} s", file=sys.stderr, flush=True)
+            if turn >= options.warmup:
+                samples[variant].append(took)
+    medians = {v: tuple(statistics.median(x) for x in zip(*s, strict=True)) for v, s in samples.items()}
+    return medians, results
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+def _peak_gb(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _row(options, threads: int, medians, results, launches: dict[str, float]) -> dict[str, Any]:
+    whole = {v: round(m[0], 4) for v, m in medians.items()}
+    own = {v: round(m[1], 5) for v, m in medians.items()}
+    stock = medians["stock"][0]
+
+    def over(a: str, b: str) -> float:
+        return round((medians[a][1] - medians[b][1]) / stock, 5)
+
+    return {
+        "base": options.base, "size": options.size, "steps": 1, "batch": options.batch, "dtype": options.dtype,
+        "threads": threads, "unet_s": whole, "processors_s": own, "overhead": over("id", "stock"),
+        "overhead_own": over("id", "own_text_only"), "overhead_eager": over("id_eager", "stock"),
+        "launches_per_layer": {v: round(n, 2) for v, n in launches.items()},
+        "peak_gb": round(_peak_gb(options.device), 2), "rounds": options.rounds,
+        "distance_to_eager": _distance(results["id"], results["id_eager"]),
+        "distance_of_identity": _distance(results["id"], results["stock"]),
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One row per number of threads. Overheads are shares of the stock UNet's time, from the layers' own times."""
+    device, dtype = options.device, DTYPES[options.dtype]
+    unet, inputs = base_model(options.base, options.size, options.batch, dtype, device)
+    system = RandomSystem(unet, device)
+    g = torch.Generator().manual_seed(2)
+    person = Identity(torch.randn(1, options.tokens, WIDTH, generator=g).to(device), None, system.name)
+    unets = variants(unet, system, person)
+    clocks = {v: Clock(u, device) for v, u in unets.items()}
+    launches, rows = {}, []
+    for v, u in unets.items():
+        u(**inputs)  # what is kept from step to step is made in the first pass
+        layers = [attention_of(u, site) for site in find_sites(u)]
+        launches[v] = count_launches(lambda u=u: u(**inputs), layers) / len(layers)
+    before = torch.get_num_threads()
+    try:
+        for threads in options.threads_list or (before,):
+            torch.set_num_threads(threads)
+            medians, results = _measure(unets, clocks, inputs, options)
+            rows.append(_row(options, threads, medians, results, launches))
+    finally:
+        torch.set_num_threads(before)
+    return {"rows": rows}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m idcore.bench e2e`."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in text.split(","))
+
+    parser.add_argument("--base", choices=BASES, default="sdxl-random")
+    parser.add_argument("--size", type=int, default=512, help="pixels, a multiple of 64")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, default=32, help="identity tokens (32: PuLID v1.1; 10: v1)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved passes of each variant")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads-list", type=numbers, default=None, help="torch threads, such as 1,2: a row each")

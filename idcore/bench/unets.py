@@ -1,0 +1,94 @@
+"""UNets with random weights for timings, made from code: no hub, no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..testing.tiny_models import tiny_inputs, tiny_unet
+
+SDXL_PARAMETERS = 2_567_463_684
+BASES = ("sdxl-random", "tiny")
+
+
+def sdxl_shapes() -> nn.Module:
+    """SDXL's UNet on the meta device: its structure, no memory."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def sdxl_unet(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> nn.Module:
+    """The UNet of SDXL at full size: 2,567,463,684 parameters, 70 cross-attention layers.
+
+    Args:
+        dtype: of the weights; float32 takes 10.3 GB, bfloat16 5.1 GB.
+        device: where they are made.
+        seed: of the weights, uniform in +-1 / sqrt(inputs); norms are 1, biases 0.
+    """
+    unet = sdxl_shapes().to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in unet.named_parameters():
+        if p.dim() > 1:
+            p.uniform_(-1, 1, generator=generator).mul_(p[0].numel() ** -0.5)
+        else:
+            p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return unet
+
+
+def sdxl_inputs(size: int, batch: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments for one forward at size x size pixels: latent [B, 4, size / 8, size / 8], 77 tokens x 2048."""
+    if size % 64:
+        raise InputError(f"the size must be a multiple of 64 pixels, got {size}")
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device, dtype)
+
+    ids = torch.tensor([[size, size, 0, 0, size, size]], device=device, dtype=dtype)
+    return {
+        "sample": normal(batch, 4, size // 8, size // 8),
+        "timestep": torch.tensor(999, device=device),
+        "encoder_hidden_states": normal(batch, 77, 2048),
+        "added_cond_kwargs": {"text_embeds": normal(batch, 1280), "time_ids": ids.repeat(batch, 1)},
+    }
+
+
+def base_model(base: str, size: int, batch: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A UNet and the arguments of one forward.
+
+    Args:
+        base: "sdxl-random" (full size) or "tiny" (SDXL's structure in small; the size is in pixels of its 8 px cells).
+
+    Raises:
+        InputError: no base of that name, or a size that it cannot take.
+    """
+    if base == "sdxl-random":
+        return sdxl_unet(dtype, device), sdxl_inputs(size, batch, dtype, device)
+    if base != "tiny":
+        raise InputError(f"base must be one of {', '.join(BASES)}, got {base!r}")
+    inputs = tiny_inputs("sdxl", batch, size // 8, size // 8)
+
+    def move(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: move(v) for k, v in x.items()}
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    return tiny_unet("sdxl").to(device, dtype), move(inputs)
