@@ -13,6 +13,7 @@ from .attention.conditioning import Conditioning
 from .attention.explaining import check_backend, describe
 from .attention.guidance import guidance_rows
 from .attention.kv_bank import people_of
+from .attention.schedule import steps_of
 from .attention.sites import attention_of, unwrap
 from .attention.stack import IdStack, stack_of
 from .errors import InputError
@@ -27,6 +28,9 @@ def attach(
     *,
     id_scale: Any = 1.0,
     id_mask: Any = None,
+    id_guidance_start: Any = 0.0,
+    id_guidance_end: Any = 1.0,
+    id_schedule: Any = None,
     cfg: Any = "auto",
     backend: str | None = None,
     **options: Any,
@@ -49,6 +53,7 @@ def attach(
             (``{"up": {"block_0": [0.0, 1.0, 0.0]}}``, layers that are not named get 0); a list with one of these per
             identity; or a float32 tensor [] or [n], read at every call. The number 0 is bit-equal to not attached.
         id_mask: Where each identity acts; see `Handle.masks`.
+        id_guidance_start, id_guidance_end, id_schedule: When it acts; see `Handle.schedule`.
         cfg: How a UNet batch is made. "auto": from a pipeline, its own guidance state at each call; from a bare
             UNet, as False. True: [uncond, cond] halves. False: cond only. A tuple such as
             ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An identity without `uncond_tokens` does
@@ -77,13 +82,14 @@ def attach(
     )
     conditioning.set_scale(id_scale)
     conditioning.set_masks(id_mask)
+    conditioning.set_schedule(id_guidance_start, id_guidance_end, id_schedule, steps_of(pipe))
     place = _place(unet, conditioning)
     check_backend(unet, conditioning, place)
     if place is not None:
         conditioning.fill(*place)
     stack = stack_of(unet)
     stack.add(unet, conditioning)
-    return Handle(unet, stack, conditioning)
+    return Handle(unet, stack, conditioning, steps_of(pipe))
 
 
 class Handle:
@@ -93,8 +99,9 @@ class Handle:
     new numbers from `scale` and new identities of the same shape do not compile anew.
     """
 
-    def __init__(self, unet: nn.Module, stack: IdStack, conditioning: Conditioning) -> None:
+    def __init__(self, unet: nn.Module, stack: IdStack, conditioning: Conditioning, steps: Any = None) -> None:
         self._unet = unet
+        self._steps = steps
         self._stack = stack
         self._conditioning = conditioning
 
@@ -144,6 +151,29 @@ class Handle:
                 over each image token's cell.
         """
         self._conditioning.set_masks(id_mask)
+
+    def schedule(
+        self,
+        id_guidance_start: Any = 0.0,
+        id_guidance_end: Any = 1.0,
+        id_schedule: Any = None,
+        timesteps: Any = None,
+    ) -> None:
+        """Set when the identities act, from the next forward on; without arguments: always.
+
+        Args:
+            id_guidance_start, id_guidance_end: Shares of the run, 0..1, counted as diffusers' `control_guidance_start`
+                and `_end`: a number, or one per identity.
+            id_schedule: Factors on the scale over the run: a list with one per step (numbers, or rows with one per
+                identity), or a float tensor [steps] or [steps, n]; a list of another length is stretched over the run.
+            timesteps: Of the run, where a bare UNet is attached: `scheduler.timesteps`. A pipeline tells its own.
+
+        Raises:
+            InputError: values out of range or of the wrong count; the old schedule stays.
+        """
+        self._conditioning.set_schedule(
+            id_guidance_start, id_guidance_end, id_schedule, self._steps if timesteps is None else timesteps
+        )
 
     def refresh(self) -> None:
         """Project keys and values anew, and put processors back that others replaced, without a forward.

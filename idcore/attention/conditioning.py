@@ -13,6 +13,7 @@ from . import masks as _masks
 from .guidance import HALVES
 from .kv_bank import KvBank, normal_mode
 from .scales import expand
+from .schedule import StepSchedule
 from .types import AttentionOptions, Site
 
 _GRIDS_KEPT = 64  # resized masks: identities times resolutions times picture sizes
@@ -50,7 +51,13 @@ class Conditioning:
         self.device = torch.device("cpu")
         self._grids: dict[Any, Tensor] = {}
         self._heard_kept: dict[Any, Tensor] = {}
-        self._table: Tensor | None = None
+        self._base: Tensor | None = None  # scales as set, float32 [sites, n]
+        self._table: Tensor | None = None  # the same times the factors of the step
+        self.as_data = False  # scales as tensors in eager calls too: for a loop that is recorded
+        self.plan: StepSchedule | None = None
+        self.plan_spec: tuple[Any, Any, Any, Any] | None = None
+        self._factors: tuple[float, ...] | None = None  # of the step, where the CPU knows them
+        self._gain: Tensor | None = None  # of the step, float32 [n]
         self.set_scale(1.0)
         self.set_masks(None)
 
@@ -78,9 +85,11 @@ class Conditioning:
                     f"identity: masks for {len(self.people)} identities are set, got {count} identities; "
                     "call handle.masks(None) first"
                 )
+            plan = None if self.plan_spec is None else StepSchedule(*self.plan_spec, count)
             self.floats, self.tensor = self._expanded(self.spec, count)
             self.masks = (None,) * count
-            self._table = None
+            self._base = self._table = self._gain = self._factors = None
+            self.plan = plan
         self.bank = bank
 
     def set_scale(self, scale: Any) -> None:
@@ -88,7 +97,18 @@ class Conditioning:
         self.floats, self.tensor = self._expanded(scale, len(self.people))
         self.spec = scale
         if self.floats is not None and self._table is not None:
-            self._table.copy_(self._rows_of_floats())
+            self._base.copy_(self._rows_of_floats())
+            self._write_table()
+
+    def set_schedule(self, start: Any, end: Any, values: Any, timesteps: Any) -> None:
+        """When the identities act; see `StepSchedule`. Tensors stay where they are as long as their shapes do."""
+        spec = (start, end, values, timesteps)
+        plan = StepSchedule(*spec, len(self.people), keep=self.plan)
+        if plan.always and not self.as_data:
+            spec = plan = None
+        self.plan, self.plan_spec = plan, spec
+        self._gain = self._factors = None
+        self._write_table()
 
     def set_masks(self, masks: Any) -> None:
         """Region masks; see `masks.read_masks` for the forms."""
@@ -101,8 +121,13 @@ class Conditioning:
     # -- what a layer asks for ------------------------------------------------------------------
 
     def is_off(self, name: str) -> bool:
-        """True where every scale is the number 0: the layer then runs as if nothing were attached."""
-        return self.floats is not None and not any(self.floats[name])
+        """True where every scale is the number 0, by itself or at this step: the layer then runs as if nothing were
+        attached."""
+        if self.as_data:
+            return False
+        if self._factors is not None and not any(self._factors):
+            return True
+        return self.floats is not None and not any(self._floats_now(name))
 
     def branch(self, name: str, q: Tensor, size: tuple[int, int] | None) -> Branch:
         """Everything that `id_attention` needs of this conditioning at layer `name`.
@@ -125,9 +150,22 @@ class Conditioning:
         mask = self._mask(q, size, rows) if self.has_masks else None
         return Branch(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), scale, mask)
 
-    def begin(self) -> None:
+    def begin(self, timestep: Any) -> None:
         """Called before each forward of the UNet."""
         self.bank.begin()
+        if self.plan is not None:
+            self._begin_step(timestep)
+
+    def begin_traced(self, timestep: Any) -> None:
+        """The same inside of a graph that is being traced."""
+        if self.plan is None:
+            return
+        if self.plan.fixed is None or self._table is None or self.tensor is not None:
+            raise InputError(
+                "id schedule: a graph that holds the UNet's hooks cannot ask a pipeline; give "
+                "handle.schedule(..., timesteps=scheduler.timesteps) on the UNet's device, and scales as numbers"
+            )
+        self._table.copy_(self._base * self.plan.row_on_device(timestep))
 
     def fill(self, dtype: torch.dtype, device: torch.device) -> None:
         """Put everything where the layers will ask for it, so that mistakes show before anything is attached."""
@@ -165,10 +203,12 @@ class Conditioning:
         self, name: str, q: Tensor, rows: tuple[str, ...], silent: tuple[bool, ...]
     ) -> tuple[float, ...] | Tensor:
         mute = any(silent) and "uncond" in rows
-        if self.tensor is None and not mute and not torch.compiler.is_compiling():
-            return self.floats[name]
+        if self.tensor is None and not mute and not torch.compiler.is_compiling() and self._known():
+            return self._floats_now(name)
         if self.tensor is not None:
             scale = self.tensor.to(device=q.device, dtype=torch.float32).expand(len(self.people))
+            if self.plan is not None:
+                scale = scale * self._gain.to(q.device)
         else:
             scale = self._scale_table(q.device)[self.places[name]]
         if not mute:
@@ -187,11 +227,48 @@ class Conditioning:
             self._heard_kept = {key: heard}
         return self._heard_kept[key]
 
+    def _known(self) -> bool:
+        """Whether the scales of this step may be read as numbers."""
+        return not self.as_data and (self.plan is None or self._factors is not None)
+
+    def _floats_now(self, name: str) -> tuple[float, ...]:
+        if self._factors is None:
+            return self.floats[name]
+        return tuple(s * f for s, f in zip(self.floats[name], self._factors))
+
+    def _begin_step(self, timestep: Any) -> None:
+        tensor = isinstance(timestep, Tensor)
+        if tensor and timestep.numel() != 1:
+            raise InputError(
+                f"id schedule: one timestep for the whole batch is needed, got {timestep.numel()}; "
+                "take the schedule off with handle.schedule()"
+            )
+        plan, device = self.plan, self.device if self._table is None else self._table.device
+        with normal_mode():
+            plan.prepare(device)
+            if self.as_data or (tensor and timestep.device.type != "cpu"):
+                self._factors, self._gain = None, plan.row_on_device(torch.as_tensor(timestep).to(device))
+            else:
+                place = plan.at(timestep)
+                self._factors, self._gain = plan.rows[place], plan.table[place]
+            self._write_table()
+
+    def _write_table(self) -> None:
+        """Scales of this step, in place."""
+        if self._table is None:
+            return
+        if self._gain is None:
+            self._table.copy_(self._base)
+        else:
+            self._table.copy_(self._base * self._gain)
+
     def _scale_table(self, device: torch.device) -> Tensor:
-        """float32 [sites, n], written in place by `set_scale`: a compiled graph sees new scales as data."""
+        """float32 [sites, n], written in place by `set_scale` and each step: a compiled graph sees new scales as data."""
         if self._table is None or self._table.device != device:
             with normal_mode():
-                self._table = self._rows_of_floats().to(device)
+                self._base = self._rows_of_floats().to(device)
+                gain = 1 if self._gain is None else self._gain.to(device)
+                self._table = self._base * gain
         return self._table
 
     def _mask(self, q: Tensor, size: tuple[int, int] | None, rows: tuple[str, ...]) -> list[Tensor | None]:

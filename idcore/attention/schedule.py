@@ -26,25 +26,37 @@ class StepSchedule:
         values: None, or m finite factors: numbers, or rows with one number per identity; a float tensor [m] or [m, n] too.
         timesteps: of the run that follows, e.g. `scheduler.timesteps`; or a function that tells them at each pass, or None.
         count: n, number of identities.
+        keep: a schedule whose tensors are taken over where they fit, so that who reads them sees the new factors.
 
     Raises:
         InputError: values out of range or of the wrong count.
     """
 
-    def __init__(self, start: Any, end: Any, values: Any, timesteps: Any, count: int) -> None:
+    def __init__(
+        self, start: Any, end: Any, values: Any, timesteps: Any, count: int, keep: StepSchedule | None = None
+    ) -> None:
         self.start = _per_identity(start, count, "id_guidance_start")
         self.end = _per_identity(end, count, "id_guidance_end")
         for a, b in zip(self.start, self.end):
             if not 0 <= a < b <= 1:
-                raise InputError(f"id_guidance_start and id_guidance_end must be 0 <= start < end <= 1, got {a} and {b}")
+                raise InputError(
+                    f"id_guidance_start and id_guidance_end must be 0 <= start < end <= 1, got {a} and {b}"
+                )
         self.values = None if values is None else _rows(values, count)
         self.fixed = None if timesteps is None or callable(timesteps) else _timesteps(timesteps)
         self._ask: Callable[[], Tensor] | None = timesteps if callable(timesteps) else None
         self._seen: Tensor | None = None
         self.rows: list[tuple[float, ...]] = []
-        self.table = self.steps = None
+        self._on_cpu: list[float] = []
+        self.table: Tensor | None = None if keep is None else keep.table
+        self.steps: Tensor | None = None if keep is None else keep.steps
         if self.fixed is not None:
             self._make(self.fixed, self.fixed.device)
+
+    @property
+    def always(self) -> bool:
+        """Whether nothing changes over the run."""
+        return self.values is None and set(self.start) == {0.0} and set(self.end) == {1.0}
 
     def factors(self, passes: int) -> list[tuple[float, ...]]:
         """n factors for each of `passes` passes."""
@@ -83,14 +95,20 @@ class StepSchedule:
         return self._ask()
 
     def _make(self, steps: Tensor, device: torch.device) -> None:
-        if self.table is None or self.table.device != device or len(self.rows) != len(steps):
-            self.table = torch.empty(len(steps), len(self.start), device=device)
+        wanted = (len(steps), len(self.start))
+        if self.table is None or self.table.device != device or self.table.shape != wanted:
+            self.table = torch.empty(wanted, device=device)
             self.steps = torch.empty(len(steps), device=device)
         self.rows = self.factors(len(steps))
         self.table.copy_(torch.tensor(self.rows))
         self.steps.copy_(steps)
         self._on_cpu = steps.tolist()
         self._seen = steps
+
+
+def steps_of(pipe: Any) -> StepsOf | None:
+    """What tells the timesteps of a pipeline's runs; None for a bare UNet."""
+    return None if pipe is None else StepsOf(pipe)
 
 
 class StepsOf:

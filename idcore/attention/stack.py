@@ -78,21 +78,23 @@ class IdStack:
         sample = args[0] if args else kwargs.get("sample")
         if sample is not None:
             self.here.size = self.latest = (sample.shape[-2], sample.shape[-1])
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if torch.compiler.is_compiling():
-            self._begin_traced()
+            self._begin_traced(timestep)
         else:
-            self._begin()
+            self._begin(timestep)
 
     @torch.compiler.disable
-    def _begin(self) -> None:
+    def _begin(self, timestep: Any) -> None:
         for c in self.layers:
             c.rows_now = c.rows()
-            c.begin()
+            c.begin(timestep)
         self.reconcile()
 
-    def _begin_traced(self) -> None:
+    def _begin_traced(self, timestep: Any) -> None:
         for c in self.layers:
             c.rows_now = c.rows()
+            c.begin_traced(timestep)
         for _, attn, ours in self.slots.values():
             if attn.processor is not ours:
                 raise InputError(
