@@ -263,7 +263,7 @@ class Conditioning:
             self._table.copy_(self._base * self._gain)
 
     def _scale_table(self, device: torch.device) -> Tensor:
-        """float32 [sites, n], written in place by `set_scale` and each step: a compiled graph sees new scales as data."""
+        """float32 [sites, n], written in place by `set_scale` and by steps: compiled graphs see data."""
         if self._table is None or self._table.device != device:
             with normal_mode():
                 self._base = self._rows_of_floats().to(device)
