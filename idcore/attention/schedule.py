@@ -23,8 +23,8 @@ class StepSchedule:
 
     Args:
         start, end: 0..1, a number or one per identity.
-        values: None, or m finite factors: numbers, or rows with one number per identity; a float tensor [m] or [m, n] too.
-        timesteps: of the run that follows, e.g. `scheduler.timesteps`; or a function that tells them at each pass, or None.
+        values: None, or m finite factors: numbers, or rows with one per identity; or a float tensor [m] or [m, n].
+        timesteps: of the run that follows, `scheduler.timesteps`; or a function that tells them at each pass; or None.
         count: n, number of identities.
         keep: a schedule whose tensors are taken over where they fit, so that who reads them sees the new factors.
 

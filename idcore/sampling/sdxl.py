@@ -65,8 +65,8 @@ def karras_scheduler(
 
     Args:
         config: `pipe.scheduler.config`; its betas and prediction type are kept.
-        sampler: "dpmpp_2m" (one pass a step; PuLID v1.1's choice for ordinary SDXL models, 25 steps) or "dpmpp_sde" (two
-            passes a step but the last; its choice for Lightning models, 5 steps).
+        sampler: "dpmpp_2m" (one pass a step; PuLID v1.1's choice for ordinary SDXL models, 25 steps) or "dpmpp_sde"
+            (two passes a step but the last; its choice for Lightning models, 5 steps).
 
     Raises:
         InputError: unknown sampler.

@@ -62,7 +62,7 @@ def test_a_gaussian_comes_out_as_it_is(eta):
 
 
 def test_second_order_without_noise():
-    """With eta 0 the error of the probability flow's end falls at least fourfold when the steps are doubled (nearly)."""
+    """With eta 0 the error of the probability flow's end falls nearly fourfold when the steps are doubled."""
     std = 0.5
     clean = lambda x, sigma: std**2 * x / (std**2 + sigma**2)  # noqa: E731
     errors = []
