@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from idcore.adapter_files import adapter_kind
 from idcore.errors import InputError, WeightsError
 from idcore.files import (
     check_container,
@@ -53,6 +54,7 @@ PULID_LAYOUTS = ("pulid", "community")
 _SITE = re.compile(r"^id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight$")
 _SITE_IP = re.compile(r"^ip_adapter\.(\d+)\.to_([kv])_ip\.weight$")
 _BLOCK_ROPE = re.compile(r"^visual\.blocks\.\d+\.attn\.rope\.")
+_ONE_LAYOUT = ("ip_adapter", "eva_clip", "bisenet")
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 
 
@@ -60,8 +62,9 @@ _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 class WeightsInfo:
     """What a weights file holds, read from its header alone.
 
-    ``layout`` is "pulid", "community", "pulid_flux", "eva_clip", "bisenet", "identity" or "unknown";
-    ``version`` is "v1" or "v1.1" for PuLID, else "". ``dtypes`` counts tensors per dtype name.
+    ``layout`` is "pulid", "community", "pulid_flux", "ip_adapter", "eva_clip", "bisenet", "identity" or "unknown";
+    ``version`` is "v1" or "v1.1" for PuLID, the kind of `idcore.adapter_files` for IP-Adapters, else "".
+    ``dtypes`` counts tensors per dtype name.
     """
 
     path: Path
@@ -82,7 +85,7 @@ class WeightsInfo:
 
 
 def detect(keys: Iterable[str]) -> tuple[str, str]:
-    """(layout, PuLID version) that these keys speak of; ("unknown", "") where none."""
+    """(layout, version) that these keys speak of; ("unknown", "") where none."""
     keys = set(keys)
 
     def version(prefix: str) -> str:
@@ -92,6 +95,8 @@ def detect(keys: Iterable[str]) -> tuple[str, str]:
         return "pulid_flux", version("pulid_encoder")
     if any(k.startswith(("id_adapter.", "id_adapter_attn_layers.")) for k in keys):
         return "pulid", version("id_adapter")
+    if adapter_kind(keys):
+        return "ip_adapter", adapter_kind(keys)
     if any(_SITE_IP.match(k) for k in keys):
         return "community", version("image_proj")
     if any(k.endswith("blocks.0.attn.inner_attn_ln.weight") for k in keys):
@@ -227,8 +232,8 @@ def convert(
 ) -> WeightsInfo:
     """Any weights that idcore reads, as safetensors, dtypes unchanged.
 
-    PuLID weights come out in the layout asked for. EVA-CLIP and face parsing weights have one layout only; they
-    need this once, because they are published as torch pickles.
+    PuLID weights come out in the layout asked for. EVA-CLIP, face parsing, FaceID and InstantID weights have one
+    layout only; they need this once, because they are published as torch pickles.
 
     Args:
         src: Safetensors, or with ``unpickle`` a torch pickle (see :func:`convert_pickle`).
@@ -248,7 +253,7 @@ def convert(
     between = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.unpickled")
     try:
         info = convert_pickle(src, between)
-        if info.layout not in ("eva_clip", "bisenet", layout):
+        if info.layout not in (*_ONE_LAYOUT, layout):
             return _write_layout(between, dst, layout)
         os.replace(between, dst)
         return dataclasses.replace(info, path=dst)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,12 @@ from idcore.encoders.pulid_features import PuLIDFeatures
 from idcore.errors import InputError, WeightsError
 from idcore.identity import Identity
 from idcore.systems.base import AttentionOptions, Site
+from idcore.systems.layers import SDXL_LAYERS, matching_sites
 from idcore.systems.pulid_encoders import GLOBAL_TOKENS, SCALES, EncoderConfig
 from idcore.weights import PULID_LAYOUTS, fingerprint, read_pulid, require_keys, to_layout, write_safetensors
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-# (first index, layers, C) of each run of SDXL's cross-attention, in diffusers' attn_processors order:
-# down, up, mid. Published weights are keyed by these indices.
-_SDXL_RUNS = ((1, 4, 640), (9, 50, 1280), (109, 6, 640), (121, 10, 1280))
-SDXL_LAYERS: tuple[tuple[int, int], ...] = tuple(
-    (first + 2 * i, hidden) for first, count, hidden in _SDXL_RUNS for i in range(count)
-)
 
 PRESETS: dict[str, AttentionOptions] = {
     "fidelity": AttentionOptions("ortho_v2", num_zero=8, num_global=5),
@@ -255,24 +249,7 @@ class PuLID(nn.Module):
         Raises:
             InputError: the UNet has other layers than the weights; SDXL's 70 for the published ones.
         """
-        sites = find_sites(unet)
-        wanted = dict(self.config.layers)
-        found = {s.index: s.hidden for s in sites}
-        if found == wanted:
-            return sites
-        problems = [
-            f"{s.name} (index {s.index}) has C={s.hidden}, weights have {wanted.get(s.index, 'none')}"
-            for s in sites
-            if wanted.get(s.index) != s.hidden
-        ]
-        problems += [f"index {i} (C={wanted[i]}) has weights but no layer" for i in wanted if i not in found]
-        base = "SDXL" if self.config.layers == SDXL_LAYERS else "such a"
-        raise InputError(
-            f"{self.name}: the weights are for a UNet with {_census(wanted.values())}, this one has "
-            f"{_census(found.values())}; {problems[0]}"
-            + (f" and {len(problems) - 1} more" if problems[1:] else "")
-            + f". Use {base} base model, or weights made for this one"
-        )
+        return matching_sites(self.name, self.config.layers, unet)
 
     def project(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer: tokens [Bi, L, E] to two of [Bi, L, C], in the weights' dtype and device.
@@ -297,10 +274,3 @@ class PuLID(nn.Module):
 
 def _encoder_hash(state: dict[str, Tensor]) -> str:
     return fingerprint({k: t for k, t in state.items() if k.startswith("id_adapter.")})
-
-
-def _census(widths: Iterable[int]) -> str:
-    """ "70 cross-attention layers (10 x C=640, 60 x C=1280)"."""
-    widths = list(widths)
-    parts = ", ".join(f"{widths.count(c)} x C={c}" for c in sorted(set(widths)))
-    return f"{len(widths)} cross-attention layers" + (f" ({parts})" if parts else "")

@@ -197,7 +197,7 @@ def test_published_weights_on_another_base_are_refused_with_both_layouts():
         system.sites(tiny_unet("sd"))
     text = str(e.value)
     assert "weights are for a UNet with 70 cross-attention layers (10 x C=640, 60 x C=1280), this one has" in text
-    assert "Use SDXL base model" in text and "more" in text
+    assert "Use an SDXL base model" in text and "more" in text
     with pytest.raises(InputError, match=r"C=16, weights have 640 and 69 more"):
         system.sites(sdxl_like())  # same places, other widths
 
