@@ -1,9 +1,11 @@
 """Helpers for tests of code that embeds idcore; shipped with the package."""
 
 from .cases import MODEL_CASES, ODD_CASES, SDXL_LAYERS, Case, make_inputs, random_case
-from .parity import Parity, assert_parity, check_parity
+from .loss_cases import SemanticCase, TokenLossCase, random_semantic_case, random_token_loss_case
+from .parity import Parity, assert_gradients, assert_parity, check_gradients, check_parity
 
 __all__ = [
-    "MODEL_CASES", "ODD_CASES", "SDXL_LAYERS", "Case", "Parity", "assert_parity", "check_parity", "make_inputs",
-    "random_case",
+    "MODEL_CASES", "ODD_CASES", "SDXL_LAYERS", "Case", "Parity", "SemanticCase", "TokenLossCase", "assert_gradients",
+    "assert_parity", "check_gradients", "check_parity", "make_inputs", "random_case", "random_semantic_case",
+    "random_token_loss_case",
 ]  # fmt: skip

@@ -35,7 +35,8 @@ def _share(q: Tensor, k: Tensor, num_global: int) -> Tensor:
 def _projection(h: Tensor, i: Tensor, w: Tensor | None) -> Tensor:
     wh = h if w is None else w * h
     den = (wh * h).sum(-2, keepdim=True)
-    return torch.where(den == 0, torch.zeros_like(den), (wh * i).sum(-2, keepdim=True) / den) * h
+    safe = torch.where(den == 0, torch.ones_like(den), den)  # before the division, or its gradient is 0 / 0
+    return torch.where(den == 0, torch.zeros_like(den), (wh * i).sum(-2, keepdim=True) / safe) * h
 
 
 def eager_id_attention(
@@ -70,3 +71,22 @@ def eager_id_attention(
         delta = delta if w is None else w * delta
         out = (out + s * delta).to(q.dtype)
     return out.view(b, lq, heads, d).transpose(1, 2)
+
+
+def eager_semantic_alignment(q: Tensor, k: Tensor) -> Tensor:
+    """softmax over image tokens of k q^T / sqrt D, times q, the map stored in the model's dtype. [B, H, Lt, D]"""
+    return (_rows(k, q.shape[0]) @ q.mT * q.shape[-1] ** -0.5).softmax(-1) @ q
+
+
+def eager_token_attention_loss(q: Tensor, k: Tensor, k_ref: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Mean squared distance of two attention maps, both stored in the model's dtype, the distance float32. []"""
+    b, factor = q.shape[0], q.shape[-1] ** -0.5
+    p = (q @ _rows(k, b).mT * factor).softmax(-1)
+    with torch.no_grad():
+        target = (q @ _rows(k_ref, b).mT * factor).softmax(-1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    square = (p.to(wide) - target.to(wide)).square()
+    if tokens is None:
+        return square.mean()
+    w = tokens.to(wide).expand(b, k.shape[2])[:, None, None, :]
+    return (w * square).sum() / (w.sum() * q.shape[1] * q.shape[2])

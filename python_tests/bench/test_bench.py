@@ -30,7 +30,7 @@ def test_eager_yardstick_is_the_same_operator(merge):
     assert (eager_id_attention(**given) - want).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x != "expanded"])
 def test_layouts_hold_the_same_values(layout):
     want = make_inputs(SMALL)["q"]
     assert torch.equal(make_inputs(SMALL.with_(layout=layout))["q"], want)
