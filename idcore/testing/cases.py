@@ -14,8 +14,8 @@ from .eager import eager_id_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MERGES = ("none", "add", "ortho", "ortho_v2")
-# How q, K and V lie in memory: views of [B, L, C], contiguous [B, H, L, D], cut from a larger tensor full of NaN, or one
-# sample's single head expanded over batch and heads (strides 0).
+# How q, K and V lie in memory: views of [B, L, C], contiguous [B, H, L, D], cut from a larger tensor full of NaN, or
+# one sample's single head expanded over batch and heads (strides 0).
 LAYOUTS = ("tokens", "heads", "cut", "expanded")
 
 
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def ill_posed(self) -> bool:
-        """Gradients hang on rounding: alpha is a quotient of two nearly proportional sums, its gradient their difference.
+        """Gradients hang on rounding: alpha is a quotient of nearly proportional sums, its gradient their difference.
 
         That is so for ortho with few image tokens, and with one token of text, where h is the same in every row.
         """

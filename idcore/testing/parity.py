@@ -5,12 +5,12 @@ a floor (1e-6 for float32, 1e-5 for 16 bit) covers shapes at which eager is exac
 counts from the largest gradient of the call, since one of them may be the small difference of large terms; in 16 bit it
 is half the unit roundoff, since a gradient is rounded once more and eager may be lucky.
 
-GPU kernels may round to 16 bit between two passes (h of ortho, probabilities before a tensor-core product), PyTorch's own
-attention does so between its ops, and ortho's alpha is a quotient of small sums where there are few image tokens. So what
-fails the rule is judged again. Eager's error is then the larger of two, that of the call and that of the same call with
-its channels in reverse order (the same numbers, rounded otherwise: eager may be lucky), and the effect is added that one
-rounding of the inputs has on the float64 truth: once for `cpu` and `reference`, four times for the others. Gradients of an ill-posed call (`Case.ill_posed`) may then be off by six
-times eager's error.
+GPU kernels may round to 16 bit between two passes (h of ortho, probabilities before a tensor-core product), PyTorch's
+own attention does so between its ops, and ortho's alpha is a quotient of small sums where there are few image tokens.
+So what fails the rule is judged again. Eager's error is then the larger of two, that of the call and that of the same
+call with its channels in reverse order (the same numbers, rounded otherwise: eager may be lucky), and the effect is
+added that one rounding of the inputs has on the float64 truth: once for `cpu` and `reference`, four times for the
+others. Gradients of an ill-posed call (`Case.ill_posed`) may then be off by six times eager's error.
 
 Works for every op: a case knows its inputs, its op, its eager form and its truth.
 """
