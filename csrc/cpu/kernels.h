@@ -15,11 +15,29 @@ constexpr int64_t kFewRows = 256;
 // Branch 0 is the text, branch j + 1 is identity j.
 constexpr int kMaxBranches = 1 + kMaxIdentities;
 
-// K or V of one branch, repacked once per call: float32, or pairs of bf16 in one 32-bit word.
-struct Packed {
-  float* data;
-  int64_t stride_batch;
-  int64_t stride_head;
+// One head of one sample, with K and V of all branches in the order of the inner loops: float32, or pairs of
+// bf16 in one 32-bit word. Each thread packs what it works on for itself: lines that another core has written
+// cost more.
+struct Head {
+  int64_t batch, head;
+  float* k[kMaxBranches];
+  float* v[kMaxBranches];
+};
+
+// Keys of all identities and all heads, for one sample (ortho_v2).
+struct IdentityKeys {
+  float* data[kMaxIdentities];
+  int64_t stride_head[kMaxIdentities];
+};
+
+// What one chunk of a head leaves behind in the first pass of ortho and ortho_v2: h = text attention, here,
+// and u = h + sum s w i, in the result, both in the dtype of out. For few rows of a 16-bit call both wait
+// here in float32, because there u and alpha h may cancel (one row: exactly) and their rounding would be all
+// that is left.
+struct Waiting {
+  void* text;    // [kChunkRows, padded_dim], dtype of out, or float32 where `mixed` is there
+  float* mixed;  // u, as `text`; null: u waits in the result
+  float* sums;   // sum w h i and sum w h h over the chunk's rows. [n, 2, padded_dim]
 };
 
 struct Plan {
@@ -28,16 +46,11 @@ struct Plan {
   int64_t chunks;      // ceil(Lq / kChunkRows)
   int64_t padded_dim;  // D rounded up to whole vectors
   int64_t row_floats;  // floats per thread for a block of rows: queries and scores
-  Packed k[kMaxBranches];
-  Packed v[kMaxBranches];
-  // Only for ortho and ortho_v2, else null. Between the passes h = text attention and u = h + sum s w i wait,
-  // h in `text` and u in the result, in the dtype of out; for few rows of a 16-bit call both wait in float32,
-  // because there u and alpha h may cancel (one row: exactly) and their rounding would be all that is left.
-  void* text;    // [B, chunks, H, kChunkRows, padded_dim], dtype of out, or float32 where `mixed` is there
-  float* mixed;  // u, as `text`; null: u waits in the result
-  float* share;  // what the first num_global tokens get, per head (ortho_v2). [n, B, H, chunks * kChunkRows]
-  float* sums;   // per work item sum w h i and sum w h h. [B, chunks, H, n, 2, padded_dim]
-  float* alpha;  // [B, n, H, padded_dim]
+  // Only for ortho_v2, else null: its `a` is a mean over heads, so the identities' probabilities of all rows
+  // come first and are kept for the values.
+  float* share;            // a. [n, B, chunks * kChunkRows]
+  float* ready;            // [B, chunks, blocks of a chunk, H, ready_rows, rows of a block]
+  int64_t ready_rows;      // per identity its probabilities and one row of 1 / their sums
   IdAttentionStats stats;  // what backward will want; all null where nothing will
 };
 
@@ -49,13 +62,17 @@ struct Kernels {
   int64_t (*packed_k_words)(int64_t length, int64_t head_dim, bool pairs);
   int64_t (*packed_v_words)(int64_t length, int64_t head_dim, bool pairs);
   int64_t (*row_floats)(int64_t keys, int64_t head_dim);
-  void (*pack_k)(const Plan& plan, int branch, int64_t batch, int64_t head);
-  void (*pack_v)(const Plan& plan, int branch, int64_t batch, int64_t head);
-  // Attention of one chunk of rows in one head; for "add" the result, else `text`, `share`, `sums` and text +
-  // s w i.
-  void (*attend)(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, float* scratch);
-  // The second pass of ortho and ortho_v2: adds what depends on sums over all rows.
-  void (*finish)(const Plan& plan, int64_t batch, int64_t chunk);
+  // `rows`: the first key or value of one head.
+  void (*pack_k)(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out);
+  void (*pack_v)(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out);
+  // `share` and `ready` of rows of all heads; first_row is the first of a block.
+  void (*identities)(const Plan& plan, const IdentityKeys& keys, int64_t batch, int64_t first_row,
+                     int64_t last_row, float* scratch);
+  // Attention of one chunk of rows in one head: for "add" the result, else u and what waits.
+  void (*attend)(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch);
+  // The second pass of ortho and ortho_v2: adds what depends on sums over all rows. alpha: [n, padded_dim].
+  void (*finish)(const Plan& plan, int64_t batch, int64_t head, int64_t chunk, const Waiting& waiting,
+                 const float* alpha);
   // Runs `rounds` of independent multiply-adds in registers (with `pairs` the bf16 dot product) and returns
   // the floating-point operations done.
   double (*multiply_adds)(int64_t rounds, bool pairs);

@@ -1,5 +1,4 @@
-// One chunk of rows in one head, both passes, and the unit's table. The last header that an ISA unit
-// includes.
+// First pass over one chunk of rows in one head.
 #pragma once
 
 #include "cpu/tile_values.h"
@@ -11,17 +10,17 @@ namespace {
 constexpr float kLog2e = 1.44269504088896341f;
 
 #if defined(IDC_PAIRS)
-// In place: [key][kRows] floats to [key / 2][kRows] pairs of bf16, times `gain` per row.
-IDC_NOINLINE void to_pairs(float* scores, int64_t length, const float* gain) {
+// [key][kRows] floats to [key / 2][kRows] pairs of bf16, times `gain` per row. May be in place.
+IDC_NOINLINE void to_pairs(const float* scores, int64_t length, const float* gain, float* out) {
   const V g0 = load(gain), g1 = load(gain + kLanes);
-  for (int64_t t = 0; t < length; t += 2) {
+  for (int64_t t = 0; t < length; t += 2, out += kRows) {
     const float* a = scores + t * kRows;
     const bool alone = t + 1 == length;
     const V a0 = mul(g0, load(a)), a1 = mul(g1, load(a + kLanes));
     const V b0 = alone ? zero() : mul(g0, load(a + kRows)),
             b1 = alone ? zero() : mul(g1, load(a + kRows + kLanes));
-    store(scores + t / 2 * kRows, narrow_pairs(a0, b0));
-    store(scores + t / 2 * kRows + kLanes, narrow_pairs(a1, b1));
+    store(out, narrow_pairs(a0, b0));
+    store(out + kLanes, narrow_pairs(a1, b1));
   }
 }
 #endif
@@ -43,10 +42,14 @@ IDC_INLINE void region(const Identity& id, int64_t batch, int64_t row, int64_t v
                        float* amount) {
   const float s = scale_of(id, batch);
   const float* mask = id.mask == nullptr ? nullptr : id.mask + batch * id.mask_stride_batch;
-  for (int64_t r = 0; r < kRows; ++r) {
-    const float w = r >= valid ? 0.0f : mask == nullptr ? 1.0f : mask[(row + r) * id.mask_stride_row];
-    weight[r] = w;
-    amount[r] = s * w;
+  for (int v = 0; v < kRows; v += kLanes) {
+    if (mask == nullptr && valid - v >= kLanes) {
+      store(weight + v, all(1.0f));
+    } else {
+      for (int64_t r = v; r < v + kLanes; ++r)
+        weight[r] = r >= valid ? 0.0f : mask == nullptr ? 1.0f : mask[(row + r) * id.mask_stride_row];
+    }
+    store(amount + v, mul(all(s), load(weight + v)));
   }
 }
 
@@ -71,20 +74,6 @@ IDC_INLINE void load_queries(const BlockJob& j) {
                  second ? j.valid - kLanes : j.valid, steps, j.q + kLanes, kRows);
 }
 
-template <class Dot>
-IDC_INLINE void score(const BlockJob& j, int branch, float* scores, float* top) {
-  const Packed& k = j.plan.k[branch];
-  const int64_t row = batch_row(key_of(j.plan, branch), j.batch, j.plan.params->batch);
-  score_branch<Dot>(j.q, k.data + row * k.stride_batch + j.head * k.stride_head, length_of(j.plan, branch),
-                    score_steps(j.plan), j.ahead, scores, top);
-}
-
-IDC_INLINE const float* packed_values(const BlockJob& j, int branch) {
-  const Packed& v = j.plan.v[branch];
-  const int64_t row = batch_row(value_of(j.plan, branch), j.batch, j.plan.params->batch);
-  return v.data + row * v.stride_batch + j.head * v.stride_head;
-}
-
 IDC_INLINE SumOfTwo text_softmax(const BlockJob& j, float* scores, float* top, float scale) {
   const TextBias& bias = j.plan.params->text_bias;
   const int64_t length = j.plan.params->lt;
@@ -99,165 +88,196 @@ IDC_INLINE void put_norm(float* norm, const SumOfTwo& sum) {
   store(norm + kLanes, div(all(1.0f), sum.b));
 }
 
-// What turns probabilities into the operand of the value product: nothing, a gain per row, or bf16 pairs.
+// What turns probabilities into the operand of the value product: nothing, or bf16 pairs.
 template <bool kPairs>
-IDC_INLINE void finish_scores(float* scores, int64_t length, const float* gain, bool gain_is_one) {
+IDC_INLINE void finish_scores(const float* scores, int64_t length, float* out) {
 #if defined(IDC_PAIRS)
-  if constexpr (kPairs) return to_pairs(scores, length, gain);
+  if constexpr (kPairs) {
+    float one[kRows];
+    store(one, all(1.0f));
+    store(one + kLanes, all(1.0f));
+    to_pairs(scores, length, one, out);
+  }
 #endif
-  if (!gain_is_one) scale_scores(scores, length, gain);
+  (void)scores, (void)length, (void)out;
 }
 
+// The same, times `gain` per row.
+template <bool kPairs>
+IDC_INLINE void finish_scores(float* scores, int64_t length, const float* gain, float* out) {
+#if defined(IDC_PAIRS)
+  if constexpr (kPairs) return to_pairs(scores, length, gain, out);
+#endif
+  (void)out;
+  scale_scores(scores, length, gain);
+}
+
+IDC_INLINE float scale_of_logits(const IdAttentionParams& p) {
+  return kLog2e / __builtin_sqrtf(static_cast<float>(p.head_dim));
+}
+
+// Text scores of a block to probabilities; returns their sums.
 template <class Dot, bool kPairs>
-void attend_block(const BlockJob& j, Block& block) {
+IDC_INLINE SumOfTwo text_part(const BlockJob& j, const float* k, Block& block) {
   const IdAttentionParams& p = *j.plan.params;
-  const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(p.head_dim));
-  const IdAttentionStats& stats = j.plan.stats;
-  const int64_t stat_row = (j.batch * p.heads + j.head) * p.lq + j.row;
-  float top[kRows], gain[kRows], one[kRows];
-  store(one, all(1.0f));
-  store(one + kLanes, all(1.0f));
-  load_queries(j);
-  float* scores = j.scores;
-  SumOfTwo text_sum;
-  for (int b = 0; b < block.branches; ++b) {
-    const int64_t length = length_of(j.plan, b);
-    score<Dot>(j, b, scores, top);
-    block.scores[b] = scores;
-    block.values[b] = packed_values(j, b);
-    block.steps[b] = value_steps(j.plan, length);
-    if (b == 0) {
-      text_sum = text_softmax(j, scores, top, scale);
-      put_norm(block.norm[0], text_sum);
-      if (stats.lse_text != nullptr) {
-        const float units = p.text_bias.data == nullptr ? scale : 1.0f;
-        store_lse(stats.lse_text + stat_row, text_sum, units, top, j.valid);
-      }
-      finish_scores<kPairs>(scores, length, one, true);
-    } else {
-      const Identity& id = p.identity[b - 1];
-      float* share = nullptr;
-      if (p.merge == Merge::kOrthoV2) {
-        share = j.plan.share +
-                (((b - 1) * p.batch + j.batch) * p.heads + j.head) * j.plan.chunks * kChunkRows + j.row;
-      }
-      const int64_t at = (b - 1) * p.batch * p.heads * p.lq + stat_row;
-      const ShareOptions options{p.head_dim, p.num_zero, p.num_global,
-                                 stats.lse_unscaled == nullptr ? nullptr : stats.lse_unscaled + at, j.valid};
-      const SumOfTwo sum = identity_softmax(scores, length, scale, top, options, share);
-      put_norm(block.norm[b], sum);
-      if (stats.lse_id != nullptr) store_lse(stats.lse_id + at, sum, scale, top, j.valid);
-      region(id, j.batch, j.row, j.valid, block.weight[b - 1], block.amount[b - 1]);
-      if (p.merge == Merge::kAdd) {
-        for (int v = 0; v < kRows; v += kLanes) {
-          const V s = mul(load(block.amount[b - 1] + v), load(block.norm[b] + v));
-          store(gain + v, mul(s, v == 0 ? text_sum.a : text_sum.b));
-        }
-        finish_scores<kPairs>(scores, length, gain, false);
-      } else {
-        finish_scores<kPairs>(scores, length, one, true);
-      }
-    }
-    scores += length * kRows;
+  const float scale = scale_of_logits(p);
+  float top[kRows];
+  score_branch<Dot>(j.q, k, p.lt, score_steps(j.plan), j.ahead, j.scores, top);
+  const SumOfTwo sum = text_softmax(j, j.scores, top, scale);
+  put_norm(block.norm[0], sum);
+  if (j.plan.stats.lse_text != nullptr) {
+    const float units = p.text_bias.data == nullptr ? scale : 1.0f;
+    store_lse(j.plan.stats.lse_text + (j.batch * p.heads + j.head) * p.lq + j.row, sum, units, top, j.valid);
   }
-  if (p.merge == Merge::kAdd || block.branches == 1) {
-    values<AddMerge, Dot>(block);
-  } else {
-    values<OrthoMerge, Dot>(block);
+  finish_scores<kPairs>(j.scores, p.lt, j.scores);
+  block.scores[0] = j.scores;
+  return sum;
+}
+
+// Scores of identity i of a block to probabilities, and 1 / their sums. `share` null: not wanted.
+template <class Dot>
+IDC_INLINE void identity_part(const BlockJob& j, int i, const float* k, float* scores, float* norm,
+                              float* share) {
+  const IdAttentionParams& p = *j.plan.params;
+  const IdAttentionStats& stats = j.plan.stats;
+  const int64_t length = p.identity[i].length;
+  const int64_t at = ((i * p.batch + j.batch) * p.heads + j.head) * p.lq + j.row;
+  const float scale = scale_of_logits(p);
+  const ShareOptions options{p.head_dim, p.num_zero, p.num_global,
+                             stats.lse_unscaled == nullptr ? nullptr : stats.lse_unscaled + at, j.valid};
+  float top[kRows];
+  score_branch<Dot>(j.q, k, length, score_steps(j.plan), j.ahead, scores, top);
+  const SumOfTwo sum = identity_softmax(scores, length, scale, top, options, share);
+  put_norm(norm, sum);
+  if (stats.lse_id != nullptr) store_lse(stats.lse_id + at, sum, scale, top, j.valid);
+}
+
+// The identities' operands of the value product. `ready`: they have been computed before.
+template <class Dot, bool kPairs>
+IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOfTwo& text_sum,
+                                const float* ready, Block& block) {
+  const IdAttentionParams& p = *j.plan.params;
+  float* scores = j.scores + p.lt * kRows;
+  for (int b = 1; b < block.branches; ++b) {
+    const int64_t length = p.identity[b - 1].length;
+    region(p.identity[b - 1], j.batch, j.row, j.valid, block.weight[b - 1], block.amount[b - 1]);
+    if (ready != nullptr) {
+      const float* norm = ready + value_steps(j.plan, length) * kRows;
+      block.scores[b] = ready;
+      store(block.norm[b], load(norm));
+      store(block.norm[b] + kLanes, load(norm + kLanes));
+      ready = norm + kRows;
+      continue;
+    }
+    identity_part<Dot>(j, b - 1, head.k[b], scores, block.norm[b], nullptr);
+    if (p.merge == Merge::kAdd) {
+      float gain[kRows];
+      for (int v = 0; v < kRows; v += kLanes) {
+        const V s = mul(load(block.amount[b - 1] + v), load(block.norm[b] + v));
+        store(gain + v, mul(s, v == 0 ? text_sum.a : text_sum.b));
+      }
+      finish_scores<kPairs>(scores, length, gain, scores);
+    } else {
+      finish_scores<kPairs>(scores, length, scores);
+    }
+    block.scores[b] = scores;
+    scores += length * kRows;
   }
 }
 
 int64_t row_floats(int64_t keys, int64_t head_dim) { return (padded(head_dim) + keys) * kRows; }
 
-// The queries that come after the block at `row`: the next rows, or the next head's first.
-IDC_INLINE Ahead look_ahead(const IdAttentionParams& p, int64_t batch, int64_t head, int64_t row,
-                            int64_t first_row, int64_t last_row) {
-  const int64_t bytes = element_bytes(p.dtype);
-  Ahead ahead{};
-  ahead.bytes = p.head_dim * bytes;
-  ahead.read_stride = p.q.stride_row * bytes;
-  const bool more_rows = row + kRows < last_row;
-  if (!more_rows && head + 1 == p.heads) return ahead;
-  const int64_t next = more_rows ? row + kRows : first_row;
-  ahead.read = head_start(p.q, bytes, batch, more_rows ? head : head + 1) + next * ahead.read_stride;
-  ahead.rows_read = smaller(last_row - next, kRows);
-  return ahead;
+// Where a block's part of Plan::ready stands; row is the first of a block.
+IDC_INLINE float* ready_at(const Plan& plan, int64_t batch, int64_t row, int64_t head) {
+  const int64_t block = batch * plan.chunks * (kChunkRows / kRows) + row / kRows;
+  return plan.ready + (block * plan.params->heads + head) * plan.ready_rows * kRows;
 }
 
-template <class Dot, bool kPairs>
-void attend_chunk(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, float* scratch) {
+IDC_INLINE Stream ready_stream(const Plan& plan, int64_t batch, int64_t row, int64_t head) {
+  constexpr int64_t kBytes = kRows * sizeof(float);
+  return Stream{reinterpret_cast<const char*>(ready_at(plan, batch, row, head)), kBytes, kBytes,
+                plan.ready_rows, 0};
+}
+
+IDC_INLINE Stream rows_stream(const IdAttentionParams& p, const HeadTensor& t, int64_t batch, int64_t row,
+                              int64_t last_row, int64_t head) {
+  const int64_t bytes = element_bytes(p.dtype), row_bytes = t.stride_row * bytes;
+  if (row >= last_row) return Stream{};
+  return Stream{head_start(t, bytes, batch, head) + row * row_bytes, row_bytes, p.head_dim * bytes,
+                smaller(last_row - row, kRows), 0};
+}
+
+// Groups of keys whose scores an attended block computes.
+IDC_INLINE int64_t score_groups(const Plan& plan, bool text, bool identities) {
   const IdAttentionParams& p = *plan.params;
-  const int64_t bytes = element_bytes(p.dtype), first_row = chunk * kChunkRows;
-  const int64_t last_row = smaller(first_row + kChunkRows, p.lq);
-  const int64_t item = (batch * plan.chunks + chunk) * p.heads + head;
+  int64_t groups = text ? ceil_div(p.lt, kMaxKeys) : 0;
+  for (int j = 0; identities && j < p.num_identities; ++j) groups += ceil_div(p.identity[j].length, kMaxKeys);
+  return groups;
+}
+
+// What does not change from block to block of a head.
+IDC_INLINE Block block_of(const Plan& plan, const Head& head, const Waiting& waiting) {
+  const IdAttentionParams& p = *plan.params;
   Block block;
   block.head_dim = p.head_dim;
   block.dtype = p.dtype;
   block.branches = 1 + p.num_identities;
-  block.out_row_bytes = p.out.stride_row * bytes;
-  block.wait_dtype = plan.mixed != nullptr ? DType::kFloat32 : p.dtype;
+  block.out_row_bytes = p.out.stride_row * element_bytes(p.dtype);
+  block.wait_dtype = waiting.mixed != nullptr ? DType::kFloat32 : p.dtype;
   block.text_row_bytes = plan.padded_dim * element_bytes(block.wait_dtype);
+  block.text = nullptr;
   block.mixed = nullptr;
-  char* out =
-      static_cast<char*>(p.out.data) + (batch * p.out.stride_batch + head * p.out.stride_head) * bytes;
-  if (plan.sums != nullptr) {
-    const int64_t size = p.num_identities * 2 * plan.padded_dim;
-    block.sums = plan.sums + item * size;
-    for (int64_t i = 0; i < size; i += kLanes) store(block.sums + i, zero());
+  block.sums = waiting.sums;
+  for (int b = 0; b < block.branches; ++b) {
+    block.values[b] = head.v[b];
+    block.steps[b] = value_steps(plan, length_of(plan, b));
+  }
+  return block;
+}
+
+template <class Dot, bool kPairs>
+void attend_chunk(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch) {
+  const IdAttentionParams& p = *plan.params;
+  const int64_t first_row = chunk * kChunkRows, last_row = smaller(first_row + kChunkRows, p.lq);
+  const int64_t groups = score_groups(plan, true, plan.ready == nullptr);
+  char* out = const_cast<char*>(head_start(p.out, element_bytes(p.dtype), head.batch, head.head));
+  Block block = block_of(plan, head, waiting);
+  if (waiting.sums != nullptr) {
+    for (int64_t i = 0; i < p.num_identities * 2 * plan.padded_dim; i += kLanes)
+      store(waiting.sums + i, zero());
   }
   for (int64_t row = first_row; row < last_row; row += kRows) {
     block.rows = smaller(last_row - row, kRows);
     block.out = out + row * block.out_row_bytes;
-    if (plan.text != nullptr) {
-      const int64_t offset = (item * kChunkRows + row - first_row) * block.text_row_bytes;
-      block.text = static_cast<char*>(plan.text) + offset;
-      if (plan.mixed != nullptr) block.mixed = reinterpret_cast<char*>(plan.mixed) + offset;
+    if (waiting.text != nullptr) {
+      const int64_t offset = (row - first_row) * block.text_row_bytes;
+      block.text = static_cast<char*>(waiting.text) + offset;
+      if (waiting.mixed != nullptr) block.mixed = reinterpret_cast<char*>(waiting.mixed) + offset;
     }
-    Ahead ahead = look_ahead(p, batch, head, row, first_row, last_row);
-    ahead.write = block.out;
-    ahead.write_stride = block.out_row_bytes;
-    ahead.rows_write = block.rows;
-    const BlockJob job{plan, batch, head, row, block.rows, scratch, scratch + padded(p.head_dim) * kRows,
-                       ahead};
-    attend_block<Dot, kPairs>(job, block);
-  }
-}
-
-void attend(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, float* scratch) {
-#if defined(IDC_PAIRS)
-  if (plan.pairs) return attend_chunk<Pairs, true>(plan, batch, chunk, head, scratch);
-#endif
-  attend_chunk<Float32, false>(plan, batch, chunk, head, scratch);
-}
-
-template <class Dot>
-IDC_NOINLINE double multiply_adds_of(int64_t rounds, int per_lane) {
-  constexpr int kChains = kMaxKeys * 2;
-  V acc[kChains];
-#pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) acc[i] = all(static_cast<float>(i));
-  V x = all(0.5f), y = all(0.25f);
-  for (int64_t n = 0; n < rounds; ++n) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) {
-      acc[i] = Dot::multiply_add(x, y, acc[i]);
-      IDC_KEEP(acc[i]);
+    const int64_t next = row + kRows;
+    Ahead ahead{rows_stream(p, p.q, head.batch, next, p.lq, head.head),
+                rows_stream(p, p.out, head.batch, row, last_row, head.head), Stream{}, 0, 0};
+    if (plan.ready != nullptr && next < p.lq) ahead.ready = ready_stream(plan, head.batch, next, head.head);
+    ahead.spread(groups);
+    const BlockJob job{
+        plan, head.batch, head.head, row, block.rows, scratch, scratch + padded(p.head_dim) * kRows, ahead};
+    const float* ready = plan.ready == nullptr ? nullptr : ready_at(plan, head.batch, row, head.head);
+    load_queries(job);
+    const SumOfTwo text_sum = text_part<Dot, kPairs>(job, head.k[0], block);
+    identities_part<Dot, kPairs>(job, head, text_sum, ready, block);
+    if (waiting.text == nullptr) {
+      values<AddMerge, Dot>(block);
+    } else {
+      values<OrthoMerge, Dot>(block);
     }
   }
-#pragma GCC unroll 32
-  for (int i = 1; i < kChains; ++i) acc[0] = add(acc[0], acc[i]);
-  float sink[kLanes];
-  store(sink, acc[0]);
-  const double flops = 2.0 * per_lane * kChains * kLanes * static_cast<double>(rounds);
-  return sink[0] == -1.0f ? 0.0 : flops;  // the sums must count for something, or they would be left out
 }
 
-double multiply_adds(int64_t rounds, bool pairs) {
+void attend(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch) {
 #if defined(IDC_PAIRS)
-  if (pairs) return multiply_adds_of<Pairs>(rounds, 2);
+  if (plan.pairs) return attend_chunk<Pairs, true>(plan, head, chunk, waiting, scratch);
 #endif
-  (void)pairs;
-  return multiply_adds_of<Float32>(rounds, 1);
+  attend_chunk<Float32, false>(plan, head, chunk, waiting, scratch);
 }
 
 }  // namespace

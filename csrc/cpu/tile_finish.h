@@ -2,7 +2,8 @@
 // rows.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/tile_identities.h"
+#include "cpu/tile_peak.h"
 
 namespace idcore {
 namespace cpu {
@@ -33,13 +34,8 @@ IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t ch
     region(p.identity[j], batch, first_row + r, smaller(rows - r, kRows), weight, amount);
     for (int v = 0; v < kRows; v += kLanes) {
       V a = all(-1.0f);
-      if (p.merge == Merge::kOrthoV2) {
-        const float* share =
-            plan.share + (j * p.batch + batch) * p.heads * plan.chunks * kChunkRows + first_row + r + v;
-        V sum = zero();
-        for (int64_t h = 0; h < p.heads; ++h) sum = add(sum, load(share + h * plan.chunks * kChunkRows));
-        a = fma(sum, all(1.0f / static_cast<float>(p.heads)), a);
-      }
+      if (p.merge == Merge::kOrthoV2)
+        a = add(a, load(plan.share + (j * p.batch + batch) * plan.chunks * kChunkRows + first_row + r + v));
       store(factor + r + v, mul(a, load(amount + v)));
     }
   }
@@ -47,20 +43,15 @@ IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t ch
 
 // kType: of the result; kWait: of h and u.
 template <DType kType, DType kWait>
-IDC_NOINLINE void finish_head(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, int64_t rows,
-                              const float* factor) {
+IDC_NOINLINE void finish_rows(const Plan& plan, char* out, const Waiting& waiting, int64_t rows,
+                              const float* factor, const float* alpha) {
   const IdAttentionParams& p = *plan.params;
   constexpr bool kInPlace = kType == kWait;
   const int64_t bytes = element_bytes(kType), width = plan.padded_dim,
                 wait_bytes = width * element_bytes(kWait);
-  const int64_t offset = ((batch * plan.chunks + chunk) * p.heads + head) * kChunkRows * wait_bytes;
-  const char* text = static_cast<const char*>(plan.text) + offset;
-  const char* mixed = reinterpret_cast<const char*>(plan.mixed) + (kInPlace ? 0 : offset);
   const int64_t row_bytes = p.out.stride_row * bytes;
-  char* out = static_cast<char*>(p.out.data) +
-              (batch * p.out.stride_batch + head * p.out.stride_head) * bytes +
-              chunk * kChunkRows * row_bytes;
-  const float* alpha = plan.alpha + (batch * p.num_identities * p.heads + head) * width;
+  const char* text = static_cast<const char*>(waiting.text);
+  const char* mixed = reinterpret_cast<const char*>(waiting.mixed);
   for (int64_t r = 0; r < rows; ++r, out += row_bytes, text += wait_bytes) {
     const int64_t ahead = smaller(kPrefetchRows, rows - 1 - r);
     for (int64_t at = 0; at < p.head_dim * bytes; at += 64) {
@@ -70,7 +61,7 @@ IDC_NOINLINE void finish_head(const Plan& plan, int64_t batch, int64_t chunk, in
     for (int64_t d = 0; d < width; d += kLanes) {
       V g = mul(all(factor[r]), load(alpha + d));
       for (int j = 1; j < p.num_identities; ++j) {
-        g = fma(all(factor[j * kChunkRows + r]), load(alpha + j * p.heads * width + d), g);
+        g = fma(all(factor[j * kChunkRows + r]), load(alpha + j * width + d), g);
       }
       const int64_t n = smaller(p.head_dim - d, kLanes);
       const V u =
@@ -81,37 +72,35 @@ IDC_NOINLINE void finish_head(const Plan& plan, int64_t batch, int64_t chunk, in
 }
 
 template <DType kType>
-IDC_INLINE void finish_head_typed(const Plan& plan, int64_t batch, int64_t chunk, int64_t head, int64_t rows,
-                                  const float* factor) {
-  if (plan.mixed != nullptr)
-    return finish_head<kType, DType::kFloat32>(plan, batch, chunk, head, rows, factor);
-  finish_head<kType, kType>(plan, batch, chunk, head, rows, factor);
+IDC_INLINE void finish_typed(const Plan& plan, char* out, const Waiting& waiting, int64_t rows,
+                             const float* factor, const float* alpha) {
+  if (waiting.mixed != nullptr)
+    return finish_rows<kType, DType::kFloat32>(plan, out, waiting, rows, factor, alpha);
+  finish_rows<kType, kType>(plan, out, waiting, rows, factor, alpha);
 }
 
-void finish(const Plan& plan, int64_t batch, int64_t chunk) {
+void finish(const Plan& plan, int64_t batch, int64_t head, int64_t chunk, const Waiting& waiting,
+            const float* alpha) {
   const IdAttentionParams& p = *plan.params;
-  const int64_t rows = smaller(p.lq - chunk * kChunkRows, kChunkRows);
+  const int64_t rows = smaller(p.lq - chunk * kChunkRows, kChunkRows), bytes = element_bytes(p.dtype);
+  char* out = const_cast<char*>(head_start(p.out, bytes, batch, head)) +
+              chunk * kChunkRows * p.out.stride_row * bytes;
   float factor[kMaxIdentities * kChunkRows];
   for (int j = 0; j < p.num_identities; ++j)
     row_factors(plan, j, batch, chunk, rows, factor + j * kChunkRows);
-  for (int64_t h = 0; h < p.heads; ++h) {
-    switch (p.dtype) {
-      case DType::kFloat32:
-        finish_head_typed<DType::kFloat32>(plan, batch, chunk, h, rows, factor);
-        break;
-      case DType::kBFloat16:
-        finish_head_typed<DType::kBFloat16>(plan, batch, chunk, h, rows, factor);
-        break;
-      case DType::kFloat16:
-        finish_head_typed<DType::kFloat16>(plan, batch, chunk, h, rows, factor);
-        break;
-    }
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return finish_typed<DType::kFloat32>(plan, out, waiting, rows, factor, alpha);
+    case DType::kBFloat16:
+      return finish_typed<DType::kBFloat16>(plan, out, waiting, rows, factor, alpha);
+    case DType::kFloat16:
+      return finish_typed<DType::kFloat16>(plan, out, waiting, rows, factor, alpha);
   }
 }
 
 constexpr Kernels table(const char* name, bool has_pairs) {
-  return Kernels{name,   kLanes, has_pairs, packed_k_words, packed_v_words, row_floats,
-                 pack_k, pack_v, attend,    finish,         multiply_adds};
+  return Kernels{name,   kLanes, has_pairs,  packed_k_words, packed_v_words, row_floats,
+                 pack_k, pack_v, identities, attend,         finish,         multiply_adds};
 }
 
 }  // namespace

@@ -95,33 +95,21 @@ int64_t packed_v_words(int64_t length, int64_t head_dim, bool pairs) {
   return (pairs ? ceil_div(length, 2) : length) * padded(head_dim);
 }
 
-IDC_INLINE const HeadTensor& key_of(const Plan& plan, int branch) {
-  return branch == 0 ? plan.params->k_text : plan.params->identity[branch - 1].k;
-}
-IDC_INLINE const HeadTensor& value_of(const Plan& plan, int branch) {
-  return branch == 0 ? plan.params->v_text : plan.params->identity[branch - 1].v;
-}
 IDC_INLINE int64_t length_of(const Plan& plan, int branch) {
   return branch == 0 ? plan.params->lt : plan.params->identity[branch - 1].length;
 }
 IDC_INLINE const char* head_start(const HeadTensor& t, int64_t bytes, int64_t batch, int64_t head) {
   return static_cast<const char*>(t.data) + (batch * t.stride_batch + head * t.stride_head) * bytes;
 }
-// The row of a tensor's batch that sample b of the call reads.
-IDC_INLINE int64_t batch_row(const HeadTensor& t, int64_t b, int64_t batch) { return b * t.batch / batch; }
-
 // Groups of at most kMaxKeys keys, each [step][key].
-void pack_k(const Plan& plan, int branch, int64_t batch, int64_t head) {
-  const HeadTensor& k = key_of(plan, branch);
-  const int64_t bytes = element_bytes(plan.params->dtype), steps = score_steps(plan);
-  const char* rows = head_start(k, bytes, batch, head);
-  float* out = plan.k[branch].data + batch * plan.k[branch].stride_batch + head * plan.k[branch].stride_head;
-  const Groups groups(length_of(plan, branch), kMaxKeys);
+void pack_k(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
+  const int64_t steps = score_steps(plan);
+  const Groups groups(length, kMaxKeys);
   const Form form = form_of(plan);
   for (int64_t g = 0; g < groups.count; ++g) {
-    const char* start = rows + groups.offset(g) * k.stride_row * bytes;
-    const int64_t size = groups.size(g);
-    transpose_rows(form, start, k.stride_row * bytes, size, steps, out + groups.offset(g) * steps, size);
+    const char* start = rows + groups.offset(g) * row_bytes;
+    transpose_rows(form, start, row_bytes, groups.size(g), steps, out + groups.offset(g) * steps,
+                   groups.size(g));
   }
 }
 
@@ -143,34 +131,31 @@ IDC_INLINE V load_value(const char* rows, int64_t row_bytes, int64_t step, int64
 // Groups of at most kMaxVectors vectors of channels, each [step][vectors * kLanes], zeros behind the head
 // dim.
 template <Form F>
-IDC_NOINLINE void pack_v_form(const Plan& plan, int branch, int64_t batch, int64_t head) {
-  const HeadTensor& v = value_of(plan, branch);
-  const int64_t bytes = element_bytes(plan.params->dtype), head_dim = plan.params->head_dim;
-  const int64_t length = length_of(plan, branch), steps = value_steps(plan, length);
-  const char* rows = head_start(v, bytes, batch, head);
-  float* out = plan.v[branch].data + batch * plan.v[branch].stride_batch + head * plan.v[branch].stride_head;
+IDC_NOINLINE void pack_v_form(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length,
+                              float* out) {
+  const int64_t head_dim = plan.params->head_dim, steps = value_steps(plan, length);
   const Groups groups(ceil_div(head_dim, kLanes), kMaxVectors);
   for (int64_t g = 0; g < groups.count; ++g) {
     for (int64_t t = 0; t < steps; ++t) {
       for (int64_t i = 0; i < groups.size(g); ++i, out += kLanes) {
         const int64_t d = (groups.offset(g) + i) * kLanes;
-        store(out, load_value<F>(rows, v.stride_row * bytes, t, length, d, smaller(head_dim - d, kLanes)));
+        store(out, load_value<F>(rows, row_bytes, t, length, d, smaller(head_dim - d, kLanes)));
       }
     }
   }
 }
 
-void pack_v(const Plan& plan, int branch, int64_t batch, int64_t head) {
+void pack_v(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
   switch (form_of(plan)) {
     case Form::kFloat32:
-      return pack_v_form<Form::kFloat32>(plan, branch, batch, head);
+      return pack_v_form<Form::kFloat32>(plan, rows, row_bytes, length, out);
     case Form::kBFloat16:
-      return pack_v_form<Form::kBFloat16>(plan, branch, batch, head);
+      return pack_v_form<Form::kBFloat16>(plan, rows, row_bytes, length, out);
     case Form::kFloat16:
-      return pack_v_form<Form::kFloat16>(plan, branch, batch, head);
+      return pack_v_form<Form::kFloat16>(plan, rows, row_bytes, length, out);
     case Form::kWords:
 #if defined(IDC_PAIRS)
-      return pack_v_form<Form::kWords>(plan, branch, batch, head);
+      return pack_v_form<Form::kWords>(plan, rows, row_bytes, length, out);
 #else
       return;
 #endif

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "cpu/tile_pack.h"
+#include "cpu/tile_ahead.h"
 
 namespace idcore {
 namespace cpu {
@@ -47,27 +47,6 @@ IDC_INLINE void score_group(int64_t n, const float* q, const float* k, int64_t s
   if constexpr (N > 1) score_group<Dot, N - 1>(n, q, k, steps, scores, top);
 }
 
-// Rows of one head lie a whole [H, D] row apart, which the hardware does not foresee. So each group of keys
-// asks for a few rows of the next block's queries and of this block's result while it computes.
-struct Ahead {
-  const char* read;
-  int64_t read_stride;
-  const char* write;
-  int64_t write_stride;
-  int64_t bytes;  // of one head in one row
-  int64_t rows_read, rows_write;
-  int64_t done;
-
-  IDC_INLINE void step(int64_t count) {
-    for (const int64_t end = done + count; done < end; ++done) {
-      for (int64_t at = 0; at < bytes; at += 64) {
-        if (done < rows_read) __builtin_prefetch(read + done * read_stride + at, 0, 3);
-        if (done < rows_write) __builtin_prefetch(write + done * write_stride + at, 1, 3);
-      }
-    }
-  }
-};
-
 // q k^T without any scale, and each row's largest score.
 template <class Dot>
 void score_branch(const float* q, const float* k, int64_t length, int64_t steps, Ahead& ahead, float* scores,
@@ -77,7 +56,7 @@ void score_branch(const float* q, const float* k, int64_t length, int64_t steps,
   const Groups groups(length, kMaxKeys);
   for (int64_t g = 0; g < groups.count; ++g) {
     const int64_t at = groups.offset(g);
-    ahead.step(kRows / 8);
+    ahead.step();
     score_group<Dot>(groups.size(g), q, k + at * steps, steps, scores + at * kRows, top);
   }
 }

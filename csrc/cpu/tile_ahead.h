@@ -1,0 +1,44 @@
+// Asking for memory before it is needed. Rows of one head lie a whole [H, D] row apart, which the hardware
+// does not foresee. So each group of keys asks for a few rows of what comes next while it computes.
+#pragma once
+
+#include "cpu/tile_pack.h"
+
+namespace idcore {
+namespace cpu {
+namespace {
+
+// `rows` pieces of `bytes` each.
+struct Stream {
+  const char* start;
+  int64_t stride, bytes, rows, done;
+
+  template <int kWrite>
+  IDC_INLINE void step(int64_t count) {
+    for (const int64_t end = smaller(done + count, rows); done < end; ++done) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + done * stride + at, kWrite, 3);
+    }
+  }
+};
+
+struct Ahead {
+  Stream queries;  // of the next block
+  Stream result;   // rows that this block writes
+  Stream ready;    // a block of Plan::ready: the next one to be read, or this one to be written
+  int64_t rows_a_step, ready_a_step;
+
+  // How much to ask for at a time, so that all is asked for within `steps` groups of keys.
+  IDC_INLINE void spread(int64_t steps) {
+    rows_a_step = ceil_div(kRows, steps < 1 ? 1 : steps);
+    ready_a_step = ceil_div(ready.rows, steps < 1 ? 1 : steps);
+  }
+  IDC_INLINE void step() {
+    queries.step<0>(rows_a_step);
+    result.step<1>(rows_a_step);
+    ready.step<1>(ready_a_step);
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace idcore
