@@ -103,9 +103,11 @@ class Call {
 #endif
   }
 
-  // Chunks that a thread's ring holds. As many as a unit has: then whoever waits for room waits for an older
-  // unit.
+  // Chunks that wait for a thread, in a ring. As many as a unit has: then whoever waits for room waits for an
+  // older unit. With more threads than units all chunks fit, in their own places.
   int64_t ring() const { return plan_.chunks; }
+  bool all_wait() const { return threads_ > units_; }
+  int64_t waiting_runs() const { return all_wait() ? units_ * plan_.chunks : ring(); }
 
   void lay_out(char* base) {
     Pieces pieces(base);
@@ -115,6 +117,7 @@ class Call {
     alpha_ = pieces.take<float>(two_passes_ ? units_ * n_ * plan_.padded_dim : 0);
     plan_.share = shares_ ? pieces.take<float>(n_ * p_.batch * rows) : nullptr;
     plan_.ready = shares_ ? pieces.take<float>(units_ * rows * plan_.ready_rows) : nullptr;
+    if (two_passes_ && all_wait()) take_waiting(pieces, units_ * plan_.chunks, &text_, &mixed_);
     shared_bytes_ = (pieces.used() + 4095) / 4096 * 4096;
     Pieces own(nullptr);
     take_own(own);
@@ -141,10 +144,19 @@ class Call {
       own.keys.data[j] = pieces.take<float>(own.keys.stride_head[j] * p_.heads);
     }
     if (!two_passes_) return own;
-    own.waiting = pieces.take<Run>(ring());
-    own.text = pieces.take<char>(ring() * wait_size());
-    own.mixed = few_ ? pieces.take<float>(ring() * wait_size() / 4) : nullptr;
+    own.waiting = pieces.take<Run>(waiting_runs());
+    if (all_wait()) {
+      own.text = text_;
+      own.mixed = mixed_;
+    } else {
+      take_waiting(pieces, ring(), &own.text, &own.mixed);
+    }
     return own;
+  }
+
+  void take_waiting(Pieces& pieces, int64_t chunks, char** text, float** mixed) const {
+    *text = pieces.take<char>(chunks * wait_size());
+    *mixed = few_ ? pieces.take<float>(chunks * wait_size() / 4) : nullptr;
   }
 
   // Bytes of h of one chunk.
@@ -195,16 +207,16 @@ class Call {
           k_.attend(plan_, own.head, run.first + c, Waiting{}, own.scratch);
         continue;
       }
-      while (own.chunks_to + run.count > own.chunks_from + ring()) finish_oldest(own);
+      while (!all_wait() && own.chunks_to + run.count > own.chunks_from + ring()) finish_oldest(own);
       for (int64_t c = 0; c < run.count; ++c)
         k_.attend(plan_, own.head, run.first + c, waiting(own, run, c, own.chunks_to), own.scratch);
       own.chunks_to += run.count;
-      own.waiting[own.waiting_to++ % ring()] = run;
+      own.waiting[own.waiting_to++ % waiting_runs()] = run;
       if (left_[run.unit].fetch_sub(run.count, std::memory_order_acq_rel) == run.count) {
         ratios(run.unit);
         left_[run.unit].store(-1, std::memory_order_release);
       }
-      while (own.waiting_from < own.waiting_to && done(own.waiting[own.waiting_from % ring()]))
+      while (own.waiting_from < own.waiting_to && done(own.waiting[own.waiting_from % waiting_runs()]))
         finish_oldest(own);
     }
     while (own.waiting_from < own.waiting_to) finish_oldest(own);
@@ -214,7 +226,8 @@ class Call {
 
   // Where chunk c of a run waits whose first chunk stands at `from` in the ring.
   Waiting waiting(const Own& own, const Run& run, int64_t c, int64_t from) const {
-    const int64_t slot = (from + c) % ring(), item = run.unit * plan_.chunks + run.first + c;
+    const int64_t item = run.unit * plan_.chunks + run.first + c;
+    const int64_t slot = all_wait() ? item : (from + c) % ring();
     return Waiting{own.text + slot * wait_size(),
                    own.mixed == nullptr ? nullptr : own.mixed + slot * wait_size() / 4,
                    sums_ + item * n_ * 2 * plan_.padded_dim};
@@ -222,7 +235,7 @@ class Call {
 
   // The second pass over the run that has waited longest; its last chunk first, which is still in the cache.
   void finish_oldest(Own& own) {
-    const Run run = own.waiting[own.waiting_from % ring()];
+    const Run run = own.waiting[own.waiting_from % waiting_runs()];
     wait_until([&] { return done(run); });
     for (int64_t c = run.count; c-- > 0;) {
       k_.finish(plan_, run.unit % p_.batch, run.unit / p_.batch, run.first + c,
@@ -265,6 +278,8 @@ class Call {
   std::atomic<int64_t>* left_ = nullptr;  // chunks that a unit lacks; -1: its alpha is there. [units]
   float* sums_ = nullptr;                 // [units, chunks, n, 2, padded_dim]
   float* alpha_ = nullptr;                // [units, n, padded_dim]
+  char* text_ = nullptr;                  // all_wait(): h and u of all chunks
+  float* mixed_ = nullptr;
 };
 
 }  // namespace
@@ -273,22 +288,6 @@ void id_attention_fwd(const IdAttentionParams& params, const Kernels& kernels,
                       const IdAttentionStats& stats) {
   if (params.batch == 0 || params.heads == 0 || params.lq == 0 || params.head_dim == 0) return;
   Call(params, kernels, stats).run();
-}
-
-bool has_openmp() {
-#if defined(_OPENMP)
-  return true;
-#else
-  return false;
-#endif
-}
-
-int max_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 }  // namespace cpu

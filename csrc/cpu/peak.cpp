@@ -2,6 +2,10 @@
 
 #include "cpu/id_attention_fwd.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace idcore {
 namespace cpu {
 namespace {
@@ -14,6 +18,22 @@ double thread_seconds() {
 }
 
 }  // namespace
+
+bool has_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 double measure_peak(const Kernels& kernels, int threads, double seconds, bool pairs) {
   const int count = threads > 0 ? threads : max_threads();

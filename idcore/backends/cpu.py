@@ -51,8 +51,6 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"head_dim={call.head_dim} (at most {MAX_HEAD_DIM})")
     if len(call.li) > MAX_IDENTITIES:
         reasons.append(f"{len(call.li)} identities (at most {MAX_IDENTITIES})")
-    if call.stages:
-        reasons.append("a stage bank")
     if not call.dense_last_dim:
         reasons.append("the head dim of q, k or v is not contiguous (call .contiguous() on it)")
     if _load()[0] is None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from idcore.backends import cpu
+from idcore.backends.checks import normalize
 from idcore.ops import id_attention
 from idcore.testing import MODEL_CASES, ODD_CASES, Case, assert_parity, make_inputs, random_case
 from idcore.testing.cases import LAYOUTS, MERGES
@@ -63,18 +64,45 @@ def test_many_random_calls(isa):
         assert_parity(random_case(seed), "cpu", seed=seed)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(isa):
+THREADED = (
+    Case("six-units", "test", batch=2, heads=3, lq=700, num_zero=2),
+    Case("one-unit", "test", heads=1, lq=900, li=(32, 4), num_zero=2),
+    Case("kept-in-float32", "test", heads=1, lq=200, num_zero=2, dtype="bf16"),
+)
+
+
+@pytest.mark.parametrize("case", THREADED, ids=lambda c: c.name)
+def test_bits_do_not_depend_on_the_number_of_threads(case, isa):
+    """More threads than heads share a head, and wait for each other's sums."""
     before = torch.get_num_threads()
     try:
         for merge in MERGES:
-            given = make_inputs(Case("threads", "test", batch=2, heads=3, lq=700, merge=merge, num_zero=2))
+            given = make_inputs(case.with_(merge=merge))
             results = []
-            for threads in (1, 2, 3):
+            for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
                 results.append(id_attention(**given, backend="cpu"))
-            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            assert all(torch.equal(results[0], other) for other in results[1:])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
+def test_stage_bank(dtype, isa):
+    """The text of the picked stage, in views whose batch lies outside the stages."""
+    case = Case("bank", "test", batch=4, heads=2, lq=37, lt=9, text_batch=2, merge="ortho_v2", num_zero=2, dtype=dtype)
+    given = make_inputs(case)
+    more = [make_inputs(case, seed=s) for s in (1, 2)]
+    banks = {n: torch.stack([given[n], *(m[n] for m in more)], dim=1).transpose(0, 1) for n in ("k_text", "v_text")}
+    for stage in (torch.tensor([1]), torch.tensor([2, 0, 1, 1])):
+        got = id_attention(**{**given, **banks}, stage=stage, backend="cpu")
+        rows = [(s, i // 2) for i, s in enumerate(stage.expand(4).tolist())]
+        picked = {n: torch.stack([bank[s, row] for s, row in rows]) for n, bank in banks.items()}
+        assert torch.equal(got, id_attention(**{**given, **picked}, backend="cpu"))
+    a = normalize(given["q"], banks["k_text"], banks["v_text"], None, None, id_scale=1.0, id_mask=None, merge="add",
+                  num_zero=0, num_global=5, text_bias=None, stage=torch.tensor([2]))  # fmt: skip
+    beyond = a._replace(stage=torch.tensor([9], dtype=torch.int32))
+    assert torch.equal(cpu.forward(beyond), cpu.forward(a))  # the kernel keeps the index inside the bank
 
 
 def test_threads_follow_torch():
