@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m idcore.bench COMMAND`. Parity first, interleaved medians, one JSON object."""
+"""Benchmarks: `python -m idcore.bench --help`. Parity first, interleaved medians, one JSON object."""

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..env import command_line, machine
-from . import e2e, id_attention, peak
+from . import id_attention, ops, peak, rows
 
-OPS = {"id_attention": id_attention}
+
+def _e2e() -> ModuleType | None:
+    """The whole-UNet benchmark; None where diffusers is not installed, which the others do not need."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    return importlib.import_module(".e2e", __package__)
 
 
 def _names(allowed: Sequence[str]):
@@ -34,17 +42,20 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idcore.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*OPS, "ops"):
+    for name in (*ops.OPS, "ops"):
         p = commands.add_parser(name, help="all ops" if name == "ops" else f"the op {name}")
         p.add_argument("--backend", default="cpu", help="the backend that is timed (default: cpu)")
         p.add_argument(
-            "--against", type=_names(id_attention.RIVALS), default=("eager", "compiled"),
-            help=f"what it is compared with, of {', '.join(id_attention.RIVALS)}",
+            "--against", type=_names(rows.RIVALS), default=("eager", "compiled"),
+            help=f"what it is compared with, of {', '.join(rows.RIVALS)}",
         )  # fmt: skip
         p.add_argument("--cases", type=_names(id_attention.CASES), default=tuple(id_attention.DEFAULT_CASES))
         p.add_argument("--dtype", type=_names(("fp32", "bf16", "fp16")), default=("fp32", "bf16"))
         p.add_argument("--merge", type=_names(id_attention.MERGES), default=id_attention.MERGES)
-        p.add_argument("--batch", type=_numbers, default=(1, 2), help="batch sizes, such as 1,2")
+        both = rows.PASSES if name == "ops" else ("fwd",)
+        p.add_argument("--passes", type=_names(rows.PASSES), default=both, help="fwd, bwd (all gradients), or both")
+        p.add_argument("--batch", type=_numbers, default=(1,) if name == "ops" else (1, 2),
+                       help="batch sizes of id_attention, such as 1,2")  # fmt: skip
         p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")
         p.add_argument(
             "--clock", choices=("wall", "cpu"), default="wall",
@@ -52,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
-    e2e.add_arguments(commands.add_parser("e2e", help="one pass of a whole UNet, with and without identity"))
+    if (e2e := _e2e()) is not None:
+        e2e.add_arguments(commands.add_parser("e2e", help="one pass of a whole UNet, with and without identity"))
     for p in commands.choices.values():
         p.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
         p.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -76,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "peak":
         report["rows"] = peak.rows(torch.get_num_threads())
     elif options.command == "e2e":
-        report.update(e2e.run(options))
+        report.update(_e2e().run(options))
     else:
-        report.update(id_attention.run(options))
+        names = tuple(ops.OPS) if options.command == "ops" else (options.command,)
+        report.update(ops.run(options, names))
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()

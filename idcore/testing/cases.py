@@ -61,6 +61,11 @@ class Case:
         return 4 * self.batch * self.heads * self.lq * self.head_dim * keys
 
     @property
+    def backward_flops(self) -> int:
+        """Five products where forward has two: scores again, the gradients of P, V, Q and K."""
+        return self.flops * 5 // 2
+
+    @property
     def bytes(self) -> int:
         """q, K and V read once and the result written once."""
         size = 4 if self.dtype == "fp32" else 2

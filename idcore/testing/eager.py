@@ -90,3 +90,16 @@ def eager_token_attention_loss(q: Tensor, k: Tensor, k_ref: Tensor, tokens: Tens
         return square.mean()
     w = tokens.to(wide).expand(b, k.shape[2])[:, None, None, :]
     return (w * square).sum() / (w.sum() * q.shape[1] * q.shape[2])
+
+
+def eager_stage_tokens(embeddings: Tensor, tokens: Tensor, positions: Tensor, stage: Tensor | None = None) -> Tensor:
+    """One copy of the embeddings per stage, then indexed assignment; `stage` picks afterwards."""
+    b, count = embeddings.shape[0], tokens.shape[2]
+    out = embeddings.expand(tokens.shape[0], *embeddings.shape).clone()
+    own = tokens.repeat_interleave(b // tokens.shape[1], 1).to(embeddings.dtype)
+    places = positions.expand(b, count).long()
+    sample, which = (places >= 0).nonzero(as_tuple=True)
+    out[:, sample, places[sample, which]] = own[:, sample, which]
+    if stage is None:
+        return out
+    return out[stage.expand(b).long(), torch.arange(b, device=out.device)]

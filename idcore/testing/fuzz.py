@@ -23,10 +23,12 @@ from ..errors import NoBackendError
 from .cases import random_case
 from .loss_cases import random_semantic_case, random_token_loss_case
 from .parity import assert_gradients, assert_parity
+from .stage_cases import random_stage_case
 
 DRAW: dict[str, Callable[[int], Any]] = {
     "id_attention": random_case,
     "semantic_alignment": random_semantic_case,
+    "stage_tokens": random_stage_case,
     "token_attention_loss": random_token_loss_case,
 }
 
@@ -42,6 +44,8 @@ class Tally:
 
 def smaller(case: Any) -> Any:
     """At most two samples, two heads and about 65 rows: what an interpreter runs in a fraction of a second."""
+    if case.op == "stage_tokens":
+        return case
     batch = min(case.batch, 2)
     changes = {"batch": batch, "heads": min(case.heads, 2), "lq": min(case.lq, 66), "lt": min(case.lt, 78)}
     for name in ("text_batch", "id_batch", "ref_batch"):

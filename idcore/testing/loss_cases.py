@@ -38,6 +38,11 @@ class SemanticCase:
         return 4 * self.batch * self.heads * self.lq * self.lt * self.head_dim
 
     @property
+    def backward_flops(self) -> int:
+        """Five products where forward has two: scores again, the gradient of P, dq twice, dk."""
+        return self.flops * 5 // 2
+
+    @property
     def bytes(self) -> int:
         """q and K read once, the result written once."""
         rows = self.batch * (self.lq + self.lt) + self.text_batch * self.lt
@@ -77,6 +82,11 @@ class TokenLossCase(SemanticCase):
     def flops(self) -> int:
         """Multiply-adds of the two score products, times 2."""
         return 4 * self.batch * self.heads * self.lq * self.lt * self.head_dim
+
+    @property
+    def backward_flops(self) -> int:
+        """Four products: both scores again, dq, dk."""
+        return self.flops * 2
 
     @property
     def bytes(self) -> int:

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from idcore.backends import cpu, sdpa
+from idcore.backends import cpu, reference_tokens, sdpa
 from idcore.bench.main import main
+from idcore.bench.ops import OPS
 from idcore.ops import id_attention
 from idcore.testing import Case, assert_parity, check_parity, make_inputs, random_case
 from idcore.testing.cases import LAYOUTS
@@ -82,6 +83,27 @@ def test_rows_have_the_documented_form(capsys):
         assert row["spread"][0] <= row["ms"] <= row["spread"][1]
         assert set(row["ratio"]) == {"eager", "own_text_only"} and min(row["ratio"].values()) > 0
         assert row["share_of_peak"] > 0 and row["floor_ms"] > 0
+
+
+def test_every_op_is_measured_in_both_directions(capsys):
+    pytest.importorskip("idcore._C", reason="the compiled module is not built")
+    code, report = run(capsys, "ops", *SHORT, "--dtype", "fp32", "--merge", "ortho_v2")
+    assert code == 0
+    seen = {(row["op"], row["pass"]) for row in report["rows"]}
+    assert seen == {(op, p) for op in OPS for p in ("fwd", "bwd")}
+    for row in report["rows"]:
+        assert row["parity"] is True and row["ms"] > 0 and row["floor_ms"] > 0 and row["ratio"]["eager"] > 0
+        assert row["backend"] == "cpu" or row["why_not"], "another backend than asked for, without a reason"
+
+
+def test_red_gradients_print_no_time(capsys, monkeypatch):
+    pytest.importorskip("idcore._C", reason="the compiled module is not built")
+    right = reference_tokens.backward
+    monkeypatch.setattr(reference_tokens, "backward", lambda *args: [2 * t for t in right(*args)])
+    code, report = run(capsys, "stage_tokens", *SHORT, "--dtype", "fp32", "--passes", "bwd")
+    assert code == 1
+    for row in report["rows"]:
+        assert row["parity"] is False and "ms" not in row and row["what"] in ("embeddings", "tokens")
 
 
 def test_cpu_clock_needs_one_thread(capsys):

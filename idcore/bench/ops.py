@@ -1,0 +1,51 @@
+"""`python -m idcore.bench ops`: every op, forward and backward, against eager PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..testing.loss_cases import SEMANTIC_CASES, TOKEN_LOSS_CASES
+from ..testing.stage_cases import STAGE_CASES
+from ..testing.timing import copy_bandwidth
+from . import id_attention, peak
+from .rows import measure
+
+
+def _of(known: tuple[Any, ...]) -> Callable[[argparse.Namespace], Iterator[Any]]:
+    """The op's own cases, by dtype."""
+    return lambda options: (case.with_(dtype=dtype) for dtype in options.dtype for case in known)
+
+
+OPS: dict[str, Callable[[argparse.Namespace], Iterator[Any]]] = {
+    "id_attention": id_attention.cases,
+    "semantic_alignment": _of(SEMANTIC_CASES),
+    "stage_tokens": _of(STAGE_CASES),
+    "token_attention_loss": _of(TOKEN_LOSS_CASES),
+}
+
+
+def run(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """All rows of the named ops.
+
+    share_of_peak: useful floating-point operations a second over the multiply-add rate measured in this run (for bf16
+    that of the bf16 dot product where the instruction set in use has one). floor_ms: the time at that rate; on a GPU,
+    and where nothing is multiplied, the time of the bytes at copy bandwidth.
+    """
+    device = "cuda" if options.backend in ("cuda", "triton") else "cpu"
+    torch._dynamo.config.recompile_limit = 256  # one shape and dtype per row
+    torch._functorch.config.donated_buffer = False  # a compiled backward runs many times on what one forward saved
+    bandwidth = copy_bandwidth(device=device)
+    # On a GPU the floor is its bandwidth's; its multiply-add peak is not measured here.
+    peaks = {d: peak.gflops(torch.get_num_threads(), d) if device == "cpu" else None for d in options.dtype}
+    rows = [
+        measure(case, direction, options, device, peaks, bandwidth)
+        for name in names
+        for case in OPS[name](options)
+        for direction in options.passes
+    ]
+    measured = {dtype: rate and round(rate, 1) for dtype, rate in peaks.items()}
+    return {"peak_gflops": measured, "copy_gb_per_s": round(bandwidth, 1), "clock": options.clock, "rows": rows}
