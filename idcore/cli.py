@@ -1,4 +1,4 @@
-"""The command line: demo, encode, generate, train, convert, env."""
+"""The command line: demo, encode, generate, train, convert, fetch, doctor, env."""
 
 from __future__ import annotations
 
@@ -118,6 +118,46 @@ def convert(
     from .workflows import convert_weights
 
     typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle), err=True)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes; none: a list of them.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder; default $IDCORE_HOME or ~/.cache/idcore.")] = None,
+    needs: Annotated[bool, typer.Option(help="Also what the recipes need.")] = False,
+    convert: Annotated[bool, typer.Option(help="Also make safetensors of pickles (weights_only).")] = False,
+    accept_licence: Annotated[bool, typer.Option(help="Accept the non-commercial terms of a recipe.")] = False,
+    bundle: Annotated[Path | None, typer.Option(help="Write what is fetched to this tar file; no download.")] = None,
+    from_bundle: Annotated[Path | None, typer.Option(help="Take files from this tar file; no download.")] = None,
+) -> None:
+    """Download published weights by name, resumable and checked; or carry them in a bundle to a machine offline."""
+    from .workflows import fetch_weights
+
+    for line in fetch_weights(
+        names or [], home=home, needs=needs, convert=convert, accept_licence=accept_licence, bundle=bundle,
+        from_bundle=from_bundle, say=lambda text: typer.echo(text, err=True),
+    ):  # fmt: skip
+        typer.echo(line)
+
+
+@app.command()
+def doctor(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes; none: all.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder; default $IDCORE_HOME or ~/.cache/idcore.")] = None,
+    verify: Annotated[bool, typer.Option(help="Read and hash every file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which weights are here, which are missing, where was looked, what to do. Status 1 if a named recipe lacks any."""
+    from .doctor import as_json as to_json
+    from .doctor import as_text, examine
+
+    reports = examine(names or [], home=home, verify=verify)
+    if as_json:
+        print(json.dumps(to_json(reports, home), indent=1))
+    else:
+        typer.echo(as_text(reports, home, long=bool(names)))
+    if names and not all(r.complete for r in reports):
+        raise typer.Exit(1)
 
 
 @train_app.command("tiny")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +93,8 @@ def _pulid(weights, vision, parsing, faces: str, choose: str, preset: str | None
 
     if weights is None:
         raise WeightsError(
-            "PuLID needs its adapter weights: pass --weights FILE (safetensors; pulid_v1.bin once through "
-            "`idcore convert pulid_v1.bin --out pulid_v1.safetensors --unpickle`)"
+            "PuLID needs its adapter weights: pass --weights FILE (safetensors). `idcore fetch pulid-v1 --convert` "
+            "downloads them and makes safetensors, `idcore doctor pulid-v1` says what is here"
         )
     preprocess = None
     if for_photos:
@@ -246,6 +246,36 @@ def convert_weights(source: Path, out: Path, *, layout: str = "pulid", unpickle:
     return f"{out}: {convert(source, out, layout=layout, unpickle=unpickle)}"
 
 
+def fetch_weights(
+    names: Sequence[str],
+    *,
+    home: Path | None = None,
+    needs: bool = False,
+    convert: bool = False,
+    accept_licence: bool = False,
+    bundle: Path | None = None,
+    from_bundle: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """What `idcore fetch` does; returns the lines for standard output. See `idcore fetch --help` for the arguments."""
+    from . import hub
+    from .bundle import export_bundle, import_bundle
+    from .recipes import RECIPES, recipe
+
+    if from_bundle is not None and (names or bundle):
+        raise InputError("fetch: --from-bundle takes what is in the bundle; give it alone")
+    if from_bundle is not None:
+        return import_bundle(from_bundle, home, say)
+    if not names:
+        return [f"{r.name:22} {r.what}; {r.licence}" for r in RECIPES.values()]
+    names = [n for name in names for n in ([*recipe(name).needs, name] if needs else [name])]
+    names = list(dict.fromkeys(names))
+    if bundle is not None:
+        return [str(export_bundle(names, bundle, home))]
+    options = {"home": home, "accept_licence": accept_licence, "convert": convert, "say": say}
+    return [str(hub.fetch(name, **options)) for name in names]
+
+
 def train_tiny_model(out: Path, *, resume: bool = False, **settings: Any) -> Path:
     """Train the embedded model and export it to `out/model`; `settings` as in `training.tiny.loop.TrainConfig`."""
     from .training.tiny.export import export
@@ -296,6 +326,7 @@ __all__ = [
     "GenerateRequest",
     "convert_weights",
     "encode_photos",
+    "fetch_weights",
     "generate_pictures",
     "similarity_report",
     "train_tiny_model",
