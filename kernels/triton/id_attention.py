@@ -1,9 +1,10 @@
 """Forward of `id_attention`: one pass for "add", a second, elementwise pass for "ortho" and "ortho_v2".
 
 The per-channel ratio alpha of ortho needs sums over all image tokens, hence the second pass. The first
-one stores X = h + sum_j s_j w_j i_j in the output, h beside it, per-tile sums of w h i and w h h (summed in a
-fixed order later, so that the result is the same in every run), and for ortho_v2 each head's share of the
-first tokens.
+one stores sum_j s_j w_j i_j, h beside it, per-tile sums of w h i and w h h (summed in a fixed order later, so
+that the result is the same in every run), and for ortho_v2 each head's share of the first tokens. What stands
+between the passes is in the call's dtype (the sum in the output itself), and in float32 for few rows, where the
+terms may cancel.
 
 Letters as in `idcore.ops.id_attention`; n identities come as tuples of pointers, so nothing
 is copied or padded.
@@ -56,6 +57,8 @@ def forward_kernel(
     if HT is not None:
         store_tile(HT + b * sh[0] + head * sh[1], h, rows, LQ, sh[2], sh[3], D, BD)
     x = h
+    if MERGE > 0:
+        x = tl.zeros_like(h)
     for j in tl.static_range(N):
         row = b // DIVI[j]
         i, lse, lse_u, share = attend(
@@ -108,16 +111,16 @@ def mean_share(SHARE, j: tl.constexpr, b, rows, LQ, BH: tl.constexpr):
 
 @triton.jit
 def merge_kernel(
-    OUT, HT, SHARE, PART, SCALE, MASK, so, sh, sscale, smask, LQ, tiles,
+    OUT, IT, HT, SHARE, PART, SCALE, MASK, so, si, sh, sscale, smask, LQ, tiles,
     N: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(LQ / BM), H, B). OUT += sum_j s_j w_j beta_j alpha_j h, beta = -1 or a - 1 (ortho_v2)."""
+    """Grid (ceil(LQ / BM), H, B). OUT = IT + (1 + sum_j s_j w_j beta_j alpha_j) h, beta = -1 or a - 1 (ortho_v2)."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh, n_bh = b * tl.num_programs(1) + head, tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    factor = tl.zeros([BM, BD], tl.float32)
+    factor = tl.full([BM, BD], 1.0, tl.float32)
     for j in tl.static_range(N):
         alpha = ratio(PART, tiles, j, N, bh, n_bh, D, BD, BT)
         weight = identity_scale(SCALE, sscale, j, b) * identity_weight(MASK, smask, j, b, rows, LQ)
@@ -127,5 +130,5 @@ def merge_kernel(
             weight = -weight
         factor += weight[:, None] * alpha[None, :]
     h = load_tile(HT + b * sh[0] + head * sh[1], rows, LQ, sh[2], sh[3], D, BD, True)
-    x = load_tile(OUT + b * so[0] + head * so[1], rows, LQ, so[2], so[3], D, BD, True)
-    store_tile(OUT + b * so[0] + head * so[1], x + factor * h, rows, LQ, so[2], so[3], D, BD)
+    i = load_tile(IT + b * si[0] + head * si[1], rows, LQ, si[2], si[3], D, BD, True)
+    store_tile(OUT + b * so[0] + head * so[1], i + factor * h, rows, LQ, so[2], so[3], D, BD)

@@ -124,22 +124,22 @@ def add_dq(q, d_out, K, V, sk, sv, count, BIAS, s_bias, NG, lse, delta, lse_u, g
 @triton.jit
 def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Gradient of i, of h (added to dh), and the tile's part of dscale."""
-    wg = g * w[:, None]
-    di = wg * s
+    sw = s * w
+    di = g * sw[:, None]
     term = i
     if MERGE > 0:
         alpha, dnum = channel_vector(ALPHA + at, D, BD)[None, :], channel_vector(DNUM + at, D, BD)[None, :]
         wh = h * w[:, None]
         mixed = beta[:, None] * alpha
         term += mixed * h
-        dh += di * mixed + (i * w[:, None] - 2.0 * wh * alpha) * dnum
+        dh += di * mixed + ((i - alpha * h) * w[:, None] - wh * alpha) * dnum
         di += wh * dnum
-    return di, dh, tl.sum(tl.sum(wg * term, 1), 0)
+    return di, dh, tl.sum(tl.sum(g * w[:, None] * term, 1), 0)
 
 
 @triton.jit(do_not_specialize=["NZ", "NG"])
 def rows_kernel(
-    Q, KT, VT, KI, VI, BIAS, SCALE, MASK, G, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
+    Q, KT, VT, KI, VI, BIAS, SCALE, MASK, G, HT, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
     DELTA_T, DELTA_I, GOT, DSCALE,
     sq, skt, svt, ski, svi, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
     N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr,
@@ -161,7 +161,11 @@ def rows_kernel(
         s_bias = sbias[3]
     lse_t = row_values(LSE_T, bh * LQ + rows, inside)
     kt, vt = KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1]
-    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT, False, UPCAST)
+    if MERGE > 0:
+        h = load_tile(HT + bh * LQ * D, rows, LQ, D, 1, D, BD, True)
+    else:
+        h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT,
+                            False, UPCAST)  # fmt: skip
     dh = g
     dq = tl.zeros([BM, BD], tl.float32)
     for j in tl.static_range(N):
@@ -183,6 +187,7 @@ def rows_kernel(
             beta = beta_of(SHARE, j, b, rows, LQ, MERGE)
         di, dh, ds = merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, (j * n_bh + bh) * D, MERGE, D, BD)
         tl.store(DSCALE + (pid * N + j) * n_bh + bh, ds)
+        di = di.to(q.dtype).to(tl.float32)  # as the products take it: delta must match them
         delta = tl.sum(di * i, 1)
         tl.store(DELTA_I + at, delta, mask=inside)
         if MERGE == 2:
@@ -190,6 +195,7 @@ def rows_kernel(
         dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, BI[j],
                     D, BD,
                     ROOT, MERGE == 2, UPCAST)  # fmt: skip
+    dh = dh.to(q.dtype).to(tl.float32)
     delta = tl.sum(dh * h, 1)
     tl.store(DELTA_T + bh * LQ + rows, delta, mask=inside)
     if MERGE > 0:

@@ -16,6 +16,8 @@ from . import tuning
 
 MERGE_CODE = {"add": kernels.ADD, "ortho": kernels.ORTHO, "ortho_v2": kernels.ORTHO_V2}
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
+# up to so many image tokens h is kept in float32 between passes: with few, ortho's terms may cancel (our choice)
+EXACT_ROWS = 256
 # (what to do instead of launching, GPU generation) while `ahead` compiles without a GPU
 ahead_of_time: ContextVar[tuple[Callable, int] | None] = ContextVar("ahead_of_time", default=None)
 
@@ -54,6 +56,7 @@ class Plan:
         self.bd = tuning.padded(self.d)
         self.merge = MERGE_CODE[a.merge] if self.n else kernels.ADD
         self.cap = capability(a.q.device)
+        self.between = torch.float32 if self.lq <= EXACT_ROWS else a.q.dtype  # of what is kept from pass to pass
         self.upcast = INTERPRETED and a.q.dtype == torch.bfloat16
 
     def tile(self, kernel: str) -> tuning.Tile:
@@ -128,7 +131,8 @@ def _forward(p: Plan, out: Tensor | None, want_stats: bool) -> tuple[Tensor | No
     tiles = triton.cdiv(p.lq, t.rows)
     two = p.merge != kernels.ADD
     v2 = p.merge == kernels.ORTHO_V2
-    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype) if two and out is not None else None
+    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between) if two and out is not None else None
+    it = out if ht is None or p.between == out.dtype else torch.empty_like(ht)
     share = p.empty(p.n, p.b, p.h, p.lq) if v2 else None
     part = p.empty(tiles, p.n, 2, p.b, p.h, p.d) if two else None
     lse_t = p.empty(p.b, p.h, p.lq) if want_stats else None
@@ -137,23 +141,23 @@ def _forward(p: Plan, out: Tensor | None, want_stats: bool) -> tuple[Tensor | No
     if p.a.q.numel():
         start(
             kernels.forward_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-            **p.common(), **p.key_tiles(t.keys), OUT=out, HT=ht, SHARE=share, PART=part, LSE_T=lse_t,
+            **p.common(), **p.key_tiles(t.keys), OUT=it, HT=ht, SHARE=share, PART=part, LSE_T=lse_t,
             LSE_I=lse_i,
-            LSE_U=lse_u, so=None if out is None else out.stride(), sh=None if ht is None else ht.stride(),
+            LSE_U=lse_u, so=None if it is None else it.stride(), sh=None if ht is None else ht.stride(),
             BM=t.rows,
         )  # fmt: skip
         if two and out is not None:
-            _merge(p, out, ht, share, part, tiles)
+            _merge(p, out, it, ht, share, part, tiles)
     return out, _stats(p, lse_t, lse_i, lse_u, share, part) if want_stats else None
 
 
-def _merge(p: Plan, out: Tensor, ht: Tensor, share: Tensor | None, part: Tensor, tiles: int) -> None:
+def _merge(p: Plan, out: Tensor, it: Tensor, ht: Tensor, share: Tensor | None, part: Tensor, tiles: int) -> None:
     c = p.common()
     rows = tuning.INTERPRETED.rows if INTERPRETED else tuning.MERGE_ROWS
     start(
         kernels.merge_kernel, (triton.cdiv(p.lq, rows), p.h, p.b), dict(num_warps=4),
-        OUT=out, HT=ht, SHARE=share, PART=part, SCALE=c["SCALE"], MASK=c["MASK"], so=out.stride(),
-        sh=ht.stride(),
+        OUT=out, IT=it, HT=ht, SHARE=share, PART=part, SCALE=c["SCALE"], MASK=c["MASK"], so=out.stride(),
+        si=it.stride(), sh=ht.stride(),
         sscale=c["sscale"], smask=c["smask"], LQ=p.lq, tiles=tiles, N=p.n, MERGE=p.merge, D=p.d, BD=p.bd,
         BM=rows,
         BT=16, BH=4,

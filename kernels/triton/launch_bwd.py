@@ -28,7 +28,7 @@ def backward(a, g: Tensor, stats: Stats | None = None, *, text_kv: bool = True, 
         return _nothing(p)
     s = compute_stats(a) if stats is None else stats
     ht, dnum, dshare = _coupling(p, g, s) if p.merge != fwd.ADD else (None, None, None)
-    dq, dh, delta_t, delta_i, got, dscale = _rows(p, g, s, dnum, dshare)
+    dq, dh, delta_t, delta_i, got, dscale = _rows(p, g, s, ht, dnum, dshare)
     none = (None, None)
     dkt, dvt = _keys(p, g if dh is None else dh, s.lse_text, delta_t, None, None) if text_kv else none
     pairs = [none] * p.n
@@ -46,12 +46,12 @@ def _nothing(p: Plan):
 
 
 def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h in q's dtype, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
+    """h, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
     t = p.tile("coupling")
     tiles = triton.cdiv(p.lq, t.rows)
     c = p.common() | p.key_blocks(t.keys)
     take = "Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST"
-    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype)
+    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between)
     part = p.empty(tiles, p.n, p.b, p.h, p.d)
     dshare = p.empty(p.n, p.b, p.h, p.lq) if p.merge == fwd.ORTHO_V2 else None
     start(
@@ -65,7 +65,7 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
     return ht, dnum, None if dshare is None else dshare.sum(2)
 
 
-def _rows(p: Plan, g: Tensor, s: Stats, dnum: Tensor | None, dshare: Tensor | None):
+def _rows(p: Plan, g: Tensor, s: Stats, ht: Tensor | None, dnum: Tensor | None, dshare: Tensor | None):
     """dq, gradient of h (None for add: it is g), deltas of text and identities, shares per head, dscale."""
     t = p.tile("rows")
     tiles = triton.cdiv(p.lq, t.rows)
@@ -77,7 +77,7 @@ def _rows(p: Plan, g: Tensor, s: Stats, dnum: Tensor | None, dshare: Tensor | No
     dscale = p.empty(tiles, p.n, p.b, p.h)
     start(
         kernels.rows_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-        **p.common(), **p.key_blocks(t.keys), G=g, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
+        **p.common(), **p.key_blocks(t.keys), G=g, HT=ht, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
         LSE_U=s.lse_unscaled, SHARE=s.share, ALPHA=s.alpha, DNUM=dnum, DSHARE=dshare, DELTA_T=delta_t,
         DELTA_I=delta_i, GOT=got, DSCALE=dscale, sg=g.stride(), sdq=dq.stride(), BM=t.rows,
     )  # fmt: skip

@@ -92,19 +92,28 @@ def logits(q, K, sk, start, count, BIAS, s_bias, D: tl.constexpr, BD: tl.constex
 def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, got,
                 D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
                 SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One key block of the online softmax. lu, got: the unscaled sum and the part of the first NG tokens."""
+    """One key block of the online softmax. lu, got: the unscaled sum and the part of the first NG tokens.
+
+    For 16-bit weights the running maximum is rounded up to an integer: they then round alike whatever the maximum is,
+    and backward, which knows only the final sum, meets the very weights of forward. The sum is that of the rounded
+    weights, so that a single key gets exactly 1.
+    """
     # early: hides its latency
     v = load_tile(V, start + tl.arange(0, BLOCK), count, sv[2], sv[3], D, BD, UPCAST)
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
-    top = tl.maximum(m, tl.max(x, 1))
+    top = tl.max(x, 1)
+    if q.dtype != tl.float32:
+        top = tl.ceil(top)
+    top = tl.maximum(m, top)
     base = top
     if BIAS is not None:  # a row may have met only -inf so far
         base = tl.where(top == float("-inf"), 0.0, top)
     difference = x - base[:, None]
     p = tl.exp2(difference)
     old = tl.exp2(m - base)
-    l = l * old + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+    weight = p.to(v.dtype)
+    l = l * old + tl.sum(weight.to(tl.float32), 1)
+    acc = tl.dot(weight, v, acc * old[:, None], input_precision="ieee")
     if SHARE:
         u = unscaled(difference, p, D, ROOT)
         old_u = unscaled(m - base, old, D, ROOT)
@@ -149,11 +158,11 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
 
 
 @triton.jit
-def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc, got,
+def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, got,
                D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
                SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
-    p = tl.exp2(x - lse[:, None])
+    p = tl.exp2(x - base[:, None])
     v = load_tile(V, cols, count, sv[2], sv[3], D, BD, UPCAST)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     if SHARE:
@@ -176,7 +185,10 @@ def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, BLOCK
     if SHARE:
         got += counted * tl.exp2(-lse_u)
     acc = tl.zeros([BM, BD], tl.float32)
+    base = lse
+    if q.dtype != tl.float32:
+        base = tl.floor(lse)  # an integer, as in `online_step`
     for start in range(0, count, BLOCK):
-        acc, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, lse_u, acc, got,
+        acc, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, got,
                               D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
-    return acc, got
+    return acc * tl.exp2(base - lse)[:, None], got
