@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .call import Args, Call
+from .call import Args, Call, Stats
 
 NAME = "triton"
 DIFFERENTIABLE = False
@@ -73,8 +73,6 @@ def why_not(call: Call) -> list[str]:
             reasons.append("the GPU is older than sm_80")
         if _compiler_missing():
             reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")
-    if call.stages:
-        reasons.append("a stage bank")
     dtype = str(call.dtype).removeprefix("torch.")
     if call.dtype not in MAX_HEAD_DIM:
         reasons.append(f"dtype={dtype} (needs float32, bfloat16 or float16)")
@@ -92,17 +90,17 @@ def forward(a: Args, out: Tensor | None = None) -> Tensor:
     return _launch().forward(a, out)
 
 
-def forward_stats(a: Args, out: Tensor | None = None):
+def forward_stats(a: Args, out: Tensor | None = None) -> tuple[Tensor, Stats]:
     """`forward`, and the float32 statistics (`call.Stats`) that spare `backward` a pass."""
     return _launch().forward_stats(a, out)
 
 
-def backward(a: Args, g: Tensor, stats=None, *, text_kv: bool = True, id_kv: bool = True):
+def backward(a: Args, g: Tensor, stats: Stats, *, text_kv: bool = True, id_kv: bool = True):
     """Gradients in the form of `reference_bwd.backward`.
 
     Args:
         g: gradient of the output. [B, H, Lq, D]
-        stats: of `forward_stats`; None: recomputed.
+        stats: of `forward_stats`.
         text_kv, id_kv: False leaves those gradients out (None in their places), for frozen projections.
     """
     return _launch("launch_bwd").backward(a, g, stats, text_kv=text_kv, id_kv=id_kv)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import attend, identity_scale, identity_weight, load_tile, store_tile
+from .tiles import attend, identity_scale, identity_weight, load_tile, store_tile, text_tensor
 
 ADD, ORTHO, ORTHO_V2 = 0, 1, 2
 
@@ -32,13 +32,13 @@ def store_sums(PART, j: tl.constexpr, N: tl.constexpr, h, i, w, pid, bh, n_bh, D
 
 @triton.jit(do_not_specialize=["NZ", "NG"])
 def forward_kernel(
-    Q, KT, VT, KI, VI, BIAS, SCALE, MASK, OUT, HT, SHARE, PART, LSE_T, LSE_I, LSE_U,
-    sq, skt, svt, ski, svi, sbias, sscale, smask, so, sh, DIVT, DIVI, LQ, LT, LI, NZ, NG,
+    Q, KT, VT, KI, VI, STAGE, BIAS, SCALE, MASK, OUT, HT, SHARE, PART, LSE_T, LSE_I, LSE_U,
+    sq, skt, svt, ski, svi, sstage, sbank, sbias, sscale, smask, so, sh, DIVT, DIVI, LQ, LT, LI, NZ, NG,
     N: tl.constexpr, MERGE: tl.constexpr, TT: tl.constexpr, TI: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(LQ / BM), H, B). OUT None: only what backward needs (sums, shares, row statistics)."""
+    """Grid (ceil(LQ / BM), H, B). HT, SHARE, PART for the second pass of ortho; LSE_*: statistics, or None."""
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh, n_bh = b * tl.num_programs(1) + head, tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
     rows = pid * BM + tl.arange(0, BM)
@@ -49,9 +49,9 @@ def forward_kernel(
     if BIAS is not None:
         bias = BIAS + b * sbias[0] + head * sbias[1] + tl.where(inside, rows, 0) * sbias[2]
         s_bias = sbias[3]
-    h, lse, _, _ = attend(q, KT + b // DIVT[0] * skt[0] + head * skt[1],
-                          VT + b // DIVT[1] * svt[0] + head * svt[1],
-                          skt, svt, LT, bias, s_bias, 0, 0, TT, D, BD, BM, ROOT, False, UPCAST)  # fmt: skip
+    kt = text_tensor(KT, skt, DIVT[0], sbank[0], STAGE, sstage, b, head)
+    vt = text_tensor(VT, svt, DIVT[1], sbank[1], STAGE, sstage, b, head)
+    h, lse, _, _ = attend(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, TT, D, BD, BM, ROOT, False, UPCAST)
     if LSE_T is not None:
         tl.store(LSE_T + bh * LQ + rows, lse, mask=inside)
     if HT is not None:
@@ -76,13 +76,12 @@ def forward_kernel(
         if MERGE > 0:
             store_sums(PART, j, N, h, i, w, pid, bh, n_bh, D, BD)
         x += (identity_scale(SCALE, sscale, j, b) * w)[:, None] * i
-    if OUT is not None:
-        store_tile(OUT + b * so[0] + head * so[1], x, rows, LQ, so[2], so[3], D, BD)
+    store_tile(OUT + b * so[0] + head * so[1], x, rows, LQ, so[2], so[3], D, BD)
 
 
 @triton.jit
 def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
-    """alpha of identity j, [BD]: the tiles' sums added in a fixed order; 0 where the denominator is 0."""
+    """alpha of identity j (0 where the denominator is 0) and its denominator, both [BD]; a fixed order of adding."""
     cols = tl.arange(0, BD)
     num = tl.zeros([BT, BD], tl.float32)
     den = tl.zeros([BT, BD], tl.float32)
@@ -93,7 +92,7 @@ def ratio(PART, tiles, j: tl.constexpr, N: tl.constexpr, bh, n_bh, D: tl.constex
         num += tl.load(at, mask=keep, other=0.0)
         den += tl.load(at + n_bh * D, mask=keep, other=0.0)
     top, bottom = tl.sum(num, 0), tl.sum(den, 0)
-    return tl.where(bottom == 0.0, 0.0, top / tl.where(bottom == 0.0, 1.0, bottom))
+    return tl.where(bottom == 0.0, 0.0, top / tl.where(bottom == 0.0, 1.0, bottom)), bottom
 
 
 @triton.jit
@@ -111,21 +110,33 @@ def mean_share(SHARE, j: tl.constexpr, b, rows, LQ, BH: tl.constexpr):
 
 @triton.jit
 def merge_kernel(
-    OUT, IT, HT, SHARE, PART, SCALE, MASK, so, si, sh, sscale, smask, LQ, tiles,
+    OUT, IT, HT, SHARE, PART, SCALE, MASK, MEAN, ALPHA, DEN, so, si, sh, sscale, smask, LQ, tiles,
     N: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(LQ / BM), H, B). OUT = IT + (1 + sum_j s_j w_j beta_j alpha_j) h, beta = -1 or a - 1 (ortho_v2)."""
+    """Grid (ceil(LQ / BM), H, B). OUT = IT + (1 + sum_j s_j w_j beta_j alpha_j) h, beta = -1 or a - 1 (ortho_v2).
+
+    MEAN [n, B, LQ], ALPHA and DEN [n, B, H, D] receive a, alpha and its denominator, or are None.
+    """
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh, n_bh = b * tl.num_programs(1) + head, tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     factor = tl.full([BM, BD], 1.0, tl.float32)
     for j in tl.static_range(N):
-        alpha = ratio(PART, tiles, j, N, bh, n_bh, D, BD, BT)
+        alpha, den = ratio(PART, tiles, j, N, bh, n_bh, D, BD, BT)
+        if ALPHA is not None:
+            cols = tl.arange(0, BD)
+            at = (j * n_bh + bh) * D + cols
+            first = cols < tl.where(tl.program_id(0) == 0, D, 0)  # one program of the row stores
+            tl.store(ALPHA + at, alpha, mask=first)
+            tl.store(DEN + at, den, mask=first)
         weight = identity_scale(SCALE, sscale, j, b) * identity_weight(MASK, smask, j, b, rows, LQ)
         if MERGE == 2:
-            weight *= mean_share(SHARE, j, b, rows, LQ, BH) - 1.0
+            share = mean_share(SHARE, j, b, rows, LQ, BH)
+            if MEAN is not None:
+                tl.store(MEAN + (j * tl.num_programs(2) + b) * LQ + rows, share, mask=rows < tl.where(head == 0, LQ, 0))
+            weight *= share - 1.0
         else:
             weight = -weight
         factor += weight[:, None] * alpha[None, :]

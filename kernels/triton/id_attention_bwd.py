@@ -19,6 +19,7 @@ from .tiles import (
     load_tile,
     logits,
     store_tile,
+    text_tensor,
 )
 
 
@@ -46,8 +47,8 @@ def beta_of(SHARE, j: tl.constexpr, b, rows, LQ, MERGE: tl.constexpr):
 
 @triton.jit
 def coupling_kernel(
-    Q, KT, VT, BIAS, SCALE, MASK, G, HT, LSE_T, SHARE, ALPHA, PART, DSHARE,
-    sq, skt, svt, sbias, sscale, smask, sg, DIVT, LQ, LT,
+    Q, KT, VT, STAGE, BIAS, SCALE, MASK, G, HT, LSE_T, SHARE, ALPHA, PART, DSHARE,
+    sq, skt, svt, sstage, sbank, sbias, sscale, smask, sg, DIVT, LQ, LT,
     N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr,
     ROOT: tl.constexpr, UPCAST: tl.constexpr,
@@ -66,10 +67,9 @@ def coupling_kernel(
         bias = bias_rows(BIAS, sbias, b, head, rows, LQ)
         s_bias = sbias[3]
     lse = row_values(LSE_T, bh * LQ + rows, inside)
-    h, _ = attend_known(q, KT + b // DIVT[0] * skt[0] + head * skt[1],
-                        VT + b // DIVT[1] * svt[0] + head * svt[1],
-                        skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False,
-                        UPCAST)  # fmt: skip
+    kt = text_tensor(KT, skt, DIVT[0], sbank[0], STAGE, sstage, b, head)
+    vt = text_tensor(VT, svt, DIVT[1], sbank[1], STAGE, sstage, b, head)
+    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False, UPCAST)
     store_tile(HT + bh * LQ * D, h, rows, LQ, D, 1, D, BD)
     gh = load_tile(G + b * sg[0] + head * sg[1], rows, LQ, sg[2], sg[3], D, BD, True) * h
     cols = tl.arange(0, BD)
@@ -139,9 +139,9 @@ def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr
 
 @triton.jit(do_not_specialize=["NZ", "NG"])
 def rows_kernel(
-    Q, KT, VT, KI, VI, BIAS, SCALE, MASK, G, HT, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
+    Q, KT, VT, KI, VI, STAGE, BIAS, SCALE, MASK, G, HT, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
     DELTA_T, DELTA_I, GOT, DSCALE,
-    sq, skt, svt, ski, svi, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
+    sq, skt, svt, ski, svi, sstage, sbank, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
     N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
@@ -160,7 +160,8 @@ def rows_kernel(
         bias = bias_rows(BIAS, sbias, b, head, rows, LQ)
         s_bias = sbias[3]
     lse_t = row_values(LSE_T, bh * LQ + rows, inside)
-    kt, vt = KT + b // DIVT[0] * skt[0] + head * skt[1], VT + b // DIVT[1] * svt[0] + head * svt[1]
+    kt = text_tensor(KT, skt, DIVT[0], sbank[0], STAGE, sstage, b, head)
+    vt = text_tensor(VT, svt, DIVT[1], sbank[1], STAGE, sstage, b, head)
     if MERGE > 0:
         h = load_tile(HT + bh * LQ * D, rows, LQ, D, 1, D, BD, True)
     else:
@@ -224,8 +225,8 @@ def branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, j: tl.constexpr
 
 @triton.jit(do_not_specialize=["NG", "per_chunk"])
 def keys_kernel(
-    Q, K, V, BIAS, SCALE, MASK, G, HT, LSE, LSE_U, DNUM, DSHARE, DELTA, GOT, DK, DV,
-    sq, sk, sv, sbias, sscale, smask, sg, DIVK, DIVV, heads, batch, LQ, count, NG, per_chunk,
+    Q, K, V, STAGE, BIAS, SCALE, MASK, G, HT, LSE, LSE_U, DNUM, DSHARE, DELTA, GOT, DK, DV,
+    sq, sk, sv, sstage, sbank, sbias, sscale, smask, sg, DIVK, DIVV, heads, batch, LQ, count, NG, per_chunk,
     J: tl.constexpr, IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
@@ -237,8 +238,10 @@ def keys_kernel(
     b, head = bh // heads, bh % heads
     n_bh = tl.num_programs(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = load_tile(K + b // DIVK * sk[0] + head * sk[1], cols, count, sk[2], sk[3], D, BD, UPCAST)
-    v = load_tile(V + b // DIVV * sv[0] + head * sv[1], cols, count, sv[2], sv[3], D, BD, UPCAST)
+    at_k = text_tensor(K, sk, DIVK, sbank[0], STAGE, sstage, b, head)  # an identity has no stages
+    at_v = text_tensor(V, sv, DIVV, sbank[1], STAGE, sstage, b, head)
+    k = load_tile(at_k, cols, count, sk[2], sk[3], D, BD, UPCAST)
+    v = load_tile(at_v, cols, count, sv[2], sv[3], D, BD, UPCAST)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     first = tl.program_id(1) * per_chunk
@@ -268,3 +271,26 @@ def keys_kernel(
     base = (tl.program_id(1) * n_bh + bh) * count * D
     store_tile(DK + base, dk, cols, count, D, 1, D, BD)
     store_tile(DV + base, dv, cols, count, D, 1, D, BD)
+
+
+@triton.jit
+def fold_kernel(PART, OUT, STAGE, sstage, size, chunks, batch, DIV, ROWS, BLOCK: tl.constexpr):
+    """Grid (ceil(size / BLOCK), rows of OUT). OUT [S * ROWS, size]: sums of PART, float32 [chunks, batch, size].
+
+    Row s * ROWS + t takes the samples t * DIV.. t * DIV + DIV - 1, with STAGE only those in stage s; a fixed order of
+    adding.
+    """
+    row = tl.program_id(1)
+    stage, first = row // ROWS, row % ROWS * DIV
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for b in range(first, first + DIV):
+        keep = inside
+        if STAGE is not None:
+            picked = tl.minimum(tl.maximum(tl.load(STAGE + b * sstage[0]), 0), sstage[1] - 1)
+            keep = cols < tl.where(picked == stage, size, 0)
+        for c in range(0, chunks):
+            at = (c * batch + b).to(tl.int64) * size
+            total += tl.load(PART + at + cols, mask=keep, other=0.0)
+    tl.store(OUT + row.to(tl.int64) * size + cols, total.to(OUT.dtype.element_ty), mask=inside)

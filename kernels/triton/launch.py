@@ -10,7 +10,7 @@ from torch import Tensor
 
 import triton
 
-from ..backends.call import Stats
+from ..backends.call import Stats, stats_shapes
 from . import id_attention as kernels
 from . import tuning
 
@@ -52,7 +52,7 @@ class Plan:
     def __init__(self, a):
         self.a = a
         self.b, self.h, self.lq, self.d = a.q.shape
-        self.lt, self.n = a.k_text.shape[2], len(a.k_id)
+        self.lt, self.n = a.text_length, len(a.k_id)
         self.bd = tuning.padded(self.d)
         self.merge = MERGE_CODE[a.merge] if self.n else kernels.ADD
         self.cap = capability(a.q.device)
@@ -69,18 +69,28 @@ class Plan:
         wide = a.mask is not None and a.mask.shape[1] == 1
         mask_strides = None if a.mask is None else (a.mask.stride(0), 0 if wide else a.mask.stride(1), a.mask.stride(2))
         from_tensor = isinstance(a.scale, Tensor)
+        stage_strides, bank_strides = self.stage_strides()
         return dict(
-            Q=a.q, KT=a.k_text, VT=a.v_text, KI=a.k_id or None, VI=a.v_id or None,
+            Q=a.q, KT=a.k_text, VT=a.v_text, KI=a.k_id or None, VI=a.v_id or None, STAGE=a.stage,
             BIAS=a.text_bias, SCALE=(a.scale or None) if not from_tensor else a.scale, MASK=a.mask,
-            sq=a.q.stride(), skt=a.k_text.stride(), svt=a.v_text.stride(),
+            sq=a.q.stride(), skt=a.k_text.stride()[-4:], svt=a.v_text.stride()[-4:],
             ski=tuple(k.stride() for k in a.k_id) or None, svi=tuple(v.stride() for v in a.v_id) or None,
-            sbias=self.bias_strides(), sscale=a.scale.stride() if from_tensor else None, smask=mask_strides,
-            DIVT=(self.b // a.k_text.shape[0], self.b // a.v_text.shape[0]),
+            sstage=stage_strides, sbank=bank_strides, sbias=self.bias_strides(),
+            sscale=a.scale.stride() if from_tensor else None, smask=mask_strides,
+            DIVT=(self.b // a.k_text.shape[-4], self.b // a.v_text.shape[-4]),
             DIVI=tuple(self.b // k.shape[0] for k in a.k_id) or None,
             LQ=self.lq, LT=self.lt, LI=tuple(k.shape[2] for k in a.k_id) or None, NZ=a.num_zero,
             NG=a.num_global,
             N=self.n, MERGE=self.merge, D=self.d, BD=self.bd, ROOT=float(self.d) ** 0.5, UPCAST=self.upcast,
         )  # fmt: skip
+
+    def stage_strides(self) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+        """(stride of the stage index, number of stages), and elements from stage to stage in keys and values."""
+        a = self.a
+        if a.stage is None:
+            return None, (0, 0)
+        per_sample = a.stage.stride(0) if a.stage.shape[0] > 1 else 0
+        return (per_sample, a.k_text.shape[0]), (a.k_text.stride(0), a.v_text.stride(0))
 
     def bias_strides(self) -> tuple[int, ...] | None:
         """Strides of text_bias, 0 where it is broadcast."""
@@ -113,62 +123,43 @@ def new_out(q: Tensor) -> Tensor:
 
 def forward(a, out: Tensor | None = None) -> Tensor:
     """[B, H, Lq, D], dtype of q."""
-    return _forward(Plan(a), new_out(a.q) if out is None else out, want_stats=False)[0]
+    return _forward(Plan(a), new_out(a.q) if out is None else out, Stats(*[None] * 6))
 
 
 def forward_stats(a, out: Tensor | None = None) -> tuple[Tensor, Stats]:
-    """`forward` and what `backward` can use of it."""
-    return _forward(Plan(a), new_out(a.q) if out is None else out, want_stats=True)
+    """`forward` and what `launch_bwd.backward` needs of it."""
+    make = torch.empty if a.q.numel() else torch.zeros
+    shapes = stats_shapes(a)
+    stats = Stats(*(None if s is None else make(s, dtype=torch.float32, device=a.q.device) for s in shapes))
+    return _forward(Plan(a), new_out(a.q) if out is None else out, stats), stats
 
 
-def stats(a) -> Stats:
-    """Only the statistics, where forward did not keep them."""
-    return _forward(Plan(a), None, want_stats=True)[1]
-
-
-def _forward(p: Plan, out: Tensor | None, want_stats: bool) -> tuple[Tensor | None, Stats | None]:
+def _forward(p: Plan, out: Tensor, s: Stats) -> Tensor:
+    """Fills `out` and the tensors of `s`."""
     t = p.tile("forward")
     tiles = triton.cdiv(p.lq, t.rows)
     two = p.merge != kernels.ADD
-    v2 = p.merge == kernels.ORTHO_V2
-    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between) if two and out is not None else None
-    it = out if ht is None or p.between == out.dtype else torch.empty_like(ht)
-    share = p.empty(p.n, p.b, p.h, p.lq) if v2 else None
+    ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between) if two else None
+    it = torch.empty_like(ht) if two and p.between != out.dtype else out
+    share = p.empty(p.n, p.b, p.h, p.lq) if p.merge == kernels.ORTHO_V2 else None
     part = p.empty(tiles, p.n, 2, p.b, p.h, p.d) if two else None
-    lse_t = p.empty(p.b, p.h, p.lq) if want_stats else None
-    lse_i = p.empty(p.n, p.b, p.h, p.lq) if want_stats and p.n else None
-    lse_u = p.empty(p.n, p.b, p.h, p.lq) if want_stats and v2 else None
     if p.a.q.numel():
         start(
             kernels.forward_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
-            **p.common(), **p.key_tiles(t.keys), OUT=it, HT=ht, SHARE=share, PART=part, LSE_T=lse_t,
-            LSE_I=lse_i,
-            LSE_U=lse_u, so=None if it is None else it.stride(), sh=None if ht is None else ht.stride(),
-            BM=t.rows,
+            **p.common(), **p.key_tiles(t.keys), OUT=it, HT=ht, SHARE=share, PART=part, LSE_T=s.lse_text,
+            LSE_I=s.lse_id, LSE_U=s.lse_unscaled, so=it.stride(), sh=None if ht is None else ht.stride(), BM=t.rows,
         )  # fmt: skip
-        if two and out is not None:
-            _merge(p, out, it, ht, share, part, tiles)
-    return out, _stats(p, lse_t, lse_i, lse_u, share, part) if want_stats else None
+        if two:
+            _merge(p, out, it, ht, share, part, s)
+    return out
 
 
-def _merge(p: Plan, out: Tensor, it: Tensor, ht: Tensor, share: Tensor | None, part: Tensor, tiles: int) -> None:
-    c = p.common()
-    rows = tuning.INTERPRETED.rows if INTERPRETED else tuning.MERGE_ROWS
+def _merge(p: Plan, out: Tensor, it: Tensor, ht: Tensor, share: Tensor | None, part: Tensor, s: Stats) -> None:
+    c, t = p.common(), p.tile("merge")
+    take = "SCALE MASK sscale smask LQ N MERGE D BD".split()
     start(
-        kernels.merge_kernel, (triton.cdiv(p.lq, rows), p.h, p.b), dict(num_warps=4),
-        OUT=out, IT=it, HT=ht, SHARE=share, PART=part, SCALE=c["SCALE"], MASK=c["MASK"], so=out.stride(),
-        si=it.stride(), sh=ht.stride(),
-        sscale=c["sscale"], smask=c["smask"], LQ=p.lq, tiles=tiles, N=p.n, MERGE=p.merge, D=p.d, BD=p.bd,
-        BM=rows,
+        kernels.merge_kernel, (triton.cdiv(p.lq, t.rows), p.h, p.b), dict(num_warps=t.warps),
+        **{name: c[name] for name in take}, OUT=out, IT=it, HT=ht, SHARE=share, PART=part, MEAN=s.share,
+        ALPHA=s.alpha, DEN=s.den, so=out.stride(), si=it.stride(), sh=ht.stride(), tiles=part.shape[0], BM=t.rows,
         BT=16, BH=4,
     )  # fmt: skip
-
-
-def _stats(p: Plan, lse_t, lse_i, lse_u, share, part) -> Stats:
-    mean = None if share is None else share.mean(2)
-    if part is None:
-        return Stats(lse_t, lse_i, lse_u, mean, None, None)
-    num, den = part.sum(0).unbind(1)
-    zero = den == 0
-    alpha = torch.where(zero, 0.0, num / torch.where(zero, 1.0, den))
-    return Stats(lse_t, lse_i, lse_u, mean, alpha, den)

@@ -11,22 +11,22 @@ from . import id_attention as fwd
 from . import id_attention_bwd as kernels
 from . import tuning
 from .launch import INTERPRETED, Plan, Stats, new_out, start
-from .launch import stats as compute_stats
 
+FOLD_BLOCK = 1024
 TARGET_PROGRAMS = 512  # so many programs keep a GPU of 108 to 148 multiprocessors busy (our choice)
 
 
-def backward(a, g: Tensor, stats: Stats | None = None, *, text_kv: bool = True, id_kv: bool = True):
+def backward(a, g: Tensor, stats: Stats, *, text_kv: bool = True, id_kv: bool = True):
     """Gradients in the form of `reference_bwd.backward`; None in place of those not asked for.
 
     Args:
         g: gradient of the output. [B, H, Lq, D], dtype of q
-        stats: of `forward_stats`; None: recomputed.
+        stats: of `forward_stats`.
     """
     p = Plan(a)
     if a.q.numel() == 0:
         return _nothing(p)
-    s = compute_stats(a) if stats is None else stats
+    s = stats
     ht, dnum, dshare = _coupling(p, g, s) if p.merge != fwd.ADD else (None, None, None)
     dq, dh, delta_t, delta_i, got, dscale = _rows(p, g, s, ht, dnum, dshare)
     none = (None, None)
@@ -50,7 +50,8 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
     t = p.tile("coupling")
     tiles = triton.cdiv(p.lq, t.rows)
     c = p.common() | p.key_blocks(t.keys)
-    take = "Q KT VT BIAS SCALE MASK sq skt svt sbias sscale smask DIVT LQ LT N MERGE BT D BD ROOT UPCAST"
+    take = "Q KT VT STAGE BIAS SCALE MASK sq skt svt sstage sbank sbias sscale smask DIVT LQ LT N MERGE"
+    take += " BT D BD ROOT UPCAST"
     ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between)
     part = p.empty(tiles, p.n, p.b, p.h, p.d)
     dshare = p.empty(p.n, p.b, p.h, p.lq) if p.merge == fwd.ORTHO_V2 else None
@@ -96,7 +97,7 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tup
     """dk, dv of the text (j None; g is the gradient of h) or of identity j."""
     a, t = p.a, p.tile("keys")
     k, v = (a.k_text, a.v_text) if j is None else (a.k_id[j], a.v_id[j])
-    count = k.shape[2]
+    count = k.shape[-2]
     if count == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
     block = min(t.keys, tuning.padded(count))
@@ -105,25 +106,40 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tup
     dk, dv = p.empty(chunks, p.b, p.h, count, p.d), p.empty(chunks, p.b, p.h, count, p.d)
     c = p.common()
     v2 = j is not None and p.merge == fwd.ORTHO_V2
-    text = dict(BIAS=c["BIAS"], SCALE=None, MASK=None, sbias=c["sbias"], sscale=None, smask=None)
-    ident = dict(BIAS=None, SCALE=c["SCALE"], MASK=c["MASK"], sbias=None, sscale=c["sscale"], smask=c["smask"])
+    only_text = "STAGE BIAS sstage sbank sbias".split()
+    only_ids = "SCALE MASK sscale smask".split()
+    ident = {name: None for name in only_text} | {name: c[name] for name in only_ids} | dict(sbank=(0, 0))
+    text = {name: c[name] for name in only_text} | {name: None for name in only_ids}
     start(
         kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
         **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),
         Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None,
-        DSHARE=dshare[j] if v2 else None,
-        DELTA=delta, GOT=got[j] if v2 else None, DK=dk, DV=dv, sq=a.q.stride(), sk=k.stride(), sv=v.stride(),
-        sg=g.stride(), DIVK=p.b // k.shape[0], DIVV=p.b // v.shape[0], heads=p.h, batch=p.b, LQ=p.lq,
-        count=count,
-        NG=a.num_global, per_chunk=per, J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd,
-        BM=t.rows,
-        BN=block, ROOT=float(p.d) ** 0.5, UPCAST=p.upcast,
+        DSHARE=dshare[j] if v2 else None, DELTA=delta, GOT=got[j] if v2 else None, DK=dk, DV=dv,
+        sq=a.q.stride(), sk=k.stride()[-4:], sv=v.stride()[-4:], sg=g.stride(), DIVK=p.b // k.shape[-4],
+        DIVV=p.b // v.shape[-4], heads=p.h, batch=p.b, LQ=p.lq, count=count, NG=a.num_global, per_chunk=per,
+        J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd, BM=t.rows, BN=block,
+        ROOT=float(p.d) ** 0.5, UPCAST=p.upcast,
     )  # fmt: skip
-    return _fold(dk, k), _fold(dv, v)
+    stage = text if j is None else ident
+    return tuple(fold(part, t, stage["STAGE"], stage["sstage"]) for part, t in ((dk, k), (dv, v)))
 
 
-def _fold(part: Tensor, like: Tensor) -> Tensor:
-    """Sum over chunks and over the samples that shared a row; cast. [chunks, B, H, L, D] -> [Bi, H, L, D]"""
-    chunks, b, h, length, d = part.shape
-    rows = like.shape[0]
-    return part.view(chunks, rows, b // rows, h, length, d).sum((0, 2)).to(like.dtype)
+def fold(part: Tensor, like: Tensor, stage: Tensor | None = None, sstage: tuple[int, int] | None = None) -> Tensor:
+    """Sum over chunks and over the samples that shared a row of `like`, in its dtype.
+
+    Args:
+        part: float32 [chunks, B, H, L, D].
+        like: [Bi, H, L, D], or a bank [S, Bi, H, L, D].
+        stage: which entry of the bank each sample read. int32; the rest of the bank becomes 0.
+        sstage: stride of `stage` (0: one for all) and S.
+    """
+    chunks, b = part.shape[:2]
+    size, rows = part[0, 0].numel(), like.shape[-4]
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    block = FOLD_BLOCK if not INTERPRETED else triton.next_power_of_2(size)
+    start(
+        kernels.fold_kernel, (triton.cdiv(size, block), out.numel() // size), dict(num_warps=4),
+        PART=part, OUT=out, STAGE=stage, sstage=sstage, size=size, chunks=chunks, batch=b, DIV=b // rows, ROWS=rows,
+        BLOCK=block,
+    )  # fmt: skip
+    return out

@@ -12,7 +12,7 @@ import triton
 from . import semantic as kernels
 from . import tuning
 from .launch import INTERPRETED, capability, new_out, start
-from .launch_bwd import TARGET_PROGRAMS, _fold
+from .launch_bwd import TARGET_PROGRAMS, fold
 
 
 def _tile(q: Tensor, k: Tensor) -> tuple[tuning.Tile, dict, dict]:
@@ -65,4 +65,4 @@ def backward(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor) -> tuple
     dk = torch.empty(chunks, b, h, lt, d, device=q.device)
     grid = (blocks, chunks, b * h)
     start(kernels.text_kernel, grid, options, **shared, **given, DK=dk, heads=h, per_chunk=per)
-    return dq, _fold(dk, k)
+    return dq, fold(dk, k)

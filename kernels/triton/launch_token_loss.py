@@ -10,7 +10,7 @@ import triton
 from . import token_loss as kernels
 from . import tuning
 from .launch import INTERPRETED, capability, new_out, start
-from .launch_bwd import _fold
+from .launch_bwd import fold
 
 TARGET_PROGRAMS = 512
 
@@ -58,4 +58,4 @@ def backward(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor, rows: Tensor, 
     dk = torch.empty(chunks, b, h, k.shape[2], d, device=q.device)
     start(kernels.loss_keys_kernel, (blocks, chunks, b * h), options, **arguments, **given, DK=dk, heads=h,
           per_chunk=per * arguments["BM"])  # fmt: skip
-    return dq, _fold(dk, k)
+    return dq, fold(dk, k)

@@ -63,6 +63,20 @@ def identity_scale(SCALE, sscale, j: tl.constexpr, b):
 
 
 @triton.jit
+def text_tensor(T, st, div, bank, STAGE, sstage, b, head):
+    """Where the text's keys or values of sample b and this head begin.
+
+    With a stage bank, `bank` elements lie from stage to stage, sstage is (stride of the index, number of stages), and
+    the index is read here and kept inside the bank.
+    """
+    base = T + b // div * st[0] + head * st[1]
+    if STAGE is not None:
+        at = tl.load(STAGE + b * sstage[0])
+        base += tl.minimum(tl.maximum(at, 0), sstage[1] - 1).to(tl.int64) * bank
+    return base
+
+
+@triton.jit
 def unscaled(difference, p, D: tl.constexpr, ROOT: tl.constexpr):
     """exp2(difference * sqrt(D)) from p = exp2(difference): three multiplications for D = 64."""
     if D == 64:

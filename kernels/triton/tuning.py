@@ -39,6 +39,15 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("rows", 4, 64): Tile(16, 32, 4, 1),
         ("rows", 4, 128): Tile(16, 16, 8, 1),
         ("coupling", 2, 128): Tile(32, 32, 4, 1),  # others as "rows"
+        ("merge", 2, 16): Tile(128, 0, 8, 1),
+        ("merge", 2, 32): Tile(128, 0, 8, 1),
+        ("merge", 2, 64): Tile(128, 0, 8, 1),
+        ("merge", 2, 128): Tile(64, 0, 8, 1),
+        ("merge", 2, 256): Tile(32, 0, 8, 1),
+        ("merge", 4, 16): Tile(128, 0, 8, 1),
+        ("merge", 4, 32): Tile(128, 0, 8, 1),
+        ("merge", 4, 64): Tile(128, 0, 8, 1),
+        ("merge", 4, 128): Tile(64, 0, 8, 1),
         ("keys", 2, 16): Tile(64, 32, 8, 1),
         ("keys", 2, 32): Tile(64, 32, 8, 1),
         ("keys", 2, 64): Tile(64, 32, 8, 1),
@@ -52,7 +61,6 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
 }
 # Under the interpreter every block costs the same whatever its size, so tiles are few and big.
 INTERPRETED = Tile(256, 128, 4, 1)
-MERGE_ROWS = 64
 
 
 def padded(head_dim: int) -> int:
@@ -61,7 +69,7 @@ def padded(head_dim: int) -> int:
 
 
 def tile(kernel: str, capability: int, element_size: int, padded_dim: int, interpreted: bool = False) -> Tile:
-    """Tile of a kernel ("forward", "coupling", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
+    """Tile of a kernel ("forward", "merge", "coupling", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
 
     Raises:
         KeyError: no entry for this element size or padded head dim.

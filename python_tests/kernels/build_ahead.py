@@ -54,9 +54,10 @@ def main() -> None:
             if merge in OTHER_OPS:
                 OTHER_OPS[merge](a)
             else:
-                launch.forward(a)
-                if not only:
-                    launch_bwd.backward(a, a.q)
+                if only:
+                    launch.forward(a)
+                else:
+                    launch_bwd.backward(a, a.q, launch.forward_stats(a)[1])
         for kernel in kernels:
             built = dataclasses.asdict(ahead.read(kernel, int(capability)))
             print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype, "job": job}))

@@ -5,6 +5,7 @@ Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET whe
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from cases import Case, build, check_backward, check_forward, poisoned
 from idcore.kernels import launch, launch_bwd
 
 from idcore import id_attention
+from idcore.backends import reference
 from idcore.ops.semantic_alignment import semantic_alignment
 from idcore.ops.token_attention_loss import token_attention_loss
 
@@ -46,6 +48,10 @@ FORWARD = {
     "scale 0": BASE.with_(merge="ortho_v2", scale=0.0),
     "bias, long text": BASE.with_(bias=True, lt=150, scale="tensor", mask=True),
     "cond and uncond halves": BASE.with_(b=4, rows=(2,), text_rows=1),
+    "stage bank": BASE.with_(merge="ortho_v2", stages=5, layout="cut"),
+    "half stage bank, a stage each": BASE.with_(
+        b=4, text_rows=2, stages=3, stage_rows=4, lq=63, rows=(1,), dtype=torch.float16
+    ),
     "num_global above all": BASE.with_(merge="ortho_v2", li=(3,), zero=2, num_global=9),
 }
 BACKWARD = {
@@ -61,6 +67,9 @@ BACKWARD = {
                                         layout="holes", bias=True, d=80),
     "identity without tokens": BASE.with_(merge="ortho_v2", li=(0, 5), rows=(2, 2), scale=(1.0, 0.0), zero=3),
     "no identity": BASE.with_(li=(), rows=(), scale=1.0),
+    "stage bank": BASE.with_(merge="ortho", stages=3, text_rows=1),
+    "half stage bank, a stage each": BASE.with_(b=4, text_rows=2, stages=3, stage_rows=4, lq=63,
+                                                rows=(1,), dtype=torch.float16),
 }  # fmt: skip
 
 
@@ -79,23 +88,47 @@ def test_backward(kernels, name):
     c = BACKWARD[name]
     a, truth = build(c)
     g = torch.randn(a.q.shape, generator=torch.Generator().manual_seed(1)).to(a.q.dtype)
-    check_backward(c, kernels[1].backward(a, g), a, truth, g)
+    check_backward(c, gradients(kernels, a, g), a, truth, g)
 
 
-def test_statistics_of_forward_spare_backward_the_recomputation(kernels):
+def gradients(kernels, a, g):
+    """What `backward` makes of the statistics that forward kept."""
+    return kernels[1].backward(a, g, kernels[0].forward_stats(a)[1])
+
+
+def test_a_stage_outside_the_bank_is_the_nearest(kernels):
+    a, _ = build(BASE.with_(stages=3, b=1, rows=(1,), text_rows=1))
+    outside = a._replace(stage=torch.tensor([7], dtype=torch.int32))
+    assert torch.equal(kernels[0].forward(a), kernels[0].forward(outside))
+
+
+def test_statistics_are_those_of_the_contract(kernels):
     a, _ = build(BASE.with_(merge="ortho_v2", **TWO))
     g = torch.randn(a.q.shape)
     out, stats = kernels[0].forward_stats(a)
     assert torch.equal(out, kernels[0].forward(a))
-    kept, again = kernels[1].backward(a, g, stats), kernels[1].backward(a, g)
-    for x, y in zip((*kept[:3], *kept[3], *kept[4], kept[5]), (*again[:3], *again[3], *again[4], again[5])):
-        assert torch.equal(x, y)
-    b, h, lq, d = a.q.shape
-    floats = sum(t.numel() for t in stats if t is not None)
-    # three sums, a, alpha and its denominator; two identities
-    assert floats == b * h * lq * 5 + 2 * b * lq + 4 * b * h * d
-    partly = kernels[1].backward(a, g, stats, text_kv=False)
-    assert partly[1] is None and partly[2] is None and torch.equal(partly[0], kept[0])
+    for name, ours, truth in zip(stats._fields, stats, expected_stats(a)):
+        assert ours.shape == truth.shape and (ours - truth).abs().max() <= 1e-5 * truth.abs().max(), name
+    kept = kernels[1].backward(a, g, stats)
+    partly = kernels[1].backward(a, g, stats, text_kv=False, id_kv=False)
+    assert partly[1:5] == (None, None, [None, None], [None, None]) and torch.equal(partly[0], kept[0])
+
+
+def expected_stats(a):
+    """`call.Stats` by the reference's pieces."""
+    h, _ = reference.text_attention(a)
+    parts = [reference.branch(a, j) for j in range(len(a.k_id))]
+    text = a.q @ reference.rows(a.k_text, a.q.shape[0]).mT / a.q.shape[-1] ** 0.5
+
+    def lse(x, zeros):
+        return torch.logsumexp(torch.cat([x, x.new_zeros(*x.shape[:-1], zeros)], -1), -1) / math.log(2)
+
+    share = [reference.global_share(a, raw)[0].flatten(1) for _, _, raw in parts]
+    alpha, den = zip(*(reference.ratio(h, i, reference.weight(a, j)) for j, (i, _, _) in enumerate(parts)))
+    scaled = [lse(raw / a.q.shape[-1] ** 0.5, a.num_zero) for _, _, raw in parts]
+    raws = [lse(raw, a.num_zero) for _, _, raw in parts]
+    channels = [torch.stack(x).squeeze(-2) for x in (alpha, den)]
+    return lse(text, 0), torch.stack(scaled), torch.stack(raws), torch.stack(share), *channels
 
 
 def test_the_op_takes_the_backend_for_both_directions(kernels):
@@ -187,7 +220,7 @@ def fuzz(kernels, seed: int) -> None:
     # kernels.
     if seed % 4 == 0 and (c.merge == "add" or (c.lq > 8 and c.lt > 1)):
         g = torch.randn(a.q.shape, generator=torch.Generator().manual_seed(seed)).to(a.q.dtype)
-        check_backward(c, kernels[1].backward(a, g), a, truth, g)
+        check_backward(c, gradients(kernels, a, g), a, truth, g)
 
 
 @pytest.mark.parametrize("block", range(4))
