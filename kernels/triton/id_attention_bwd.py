@@ -16,6 +16,7 @@ from .tiles import (
     channel_vector,
     identity_scale,
     identity_weight,
+    known_weights,
     load_tile,
     logits,
     store_tile,
@@ -69,7 +70,7 @@ def coupling_kernel(
     lse = row_values(LSE_T, bh * LQ + rows, inside)
     kt = text_tensor(KT, skt, DIVT[0], sbank[0], STAGE, sstage, b, head)
     vt = text_tensor(VT, svt, DIVT[1], sbank[1], STAGE, sstage, b, head)
-    h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False, UPCAST)
+    h, _, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse, lse, BT, D, BD, BM, ROOT, False, UPCAST)
     store_tile(HT + bh * LQ * D, h, rows, LQ, D, 1, D, BD)
     gh = load_tile(G + b * sg[0] + head * sg[1], rows, LQ, sg[2], sg[3], D, BD, True) * h
     cols = tl.arange(0, BD)
@@ -85,9 +86,10 @@ def coupling_kernel(
 
 
 @triton.jit
-def weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, ROOT: tl.constexpr, SHARE: tl.constexpr):
+def weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, DTYPE: tl.constexpr, ROOT: tl.constexpr,
+                    SHARE: tl.constexpr):  # fmt: skip
     """p and the gradient of the unscaled logits; da is the gradient of one head's share, `got`."""
-    p = tl.exp2(x - lse[:, None])
+    p = known_weights(x, lse, DTYPE)
     ds = p * (dp - delta[:, None]) / ROOT
     if SHARE:
         u = tl.exp2(x * ROOT - lse_u[:, None])
@@ -103,7 +105,7 @@ def dq_step(q, d_out, K, V, sk, sv, start, count, BIAS, s_bias, NG, lse, delta, 
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
     v = load_tile(V, cols, count, sv[2], sv[3], D, BD, UPCAST)
     dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-    _, ds = weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, ROOT, SHARE)
+    _, ds = weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, q.dtype, ROOT, SHARE)
     k = load_tile(K, cols, count, sk[2], sk[3], D, BD, UPCAST)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -140,13 +142,15 @@ def merge_gradient(g, h, i, dh, s, w, beta, ALPHA, DNUM, at, MERGE: tl.constexpr
 @triton.jit(do_not_specialize=["NZ", "NG"])
 def rows_kernel(
     Q, KT, VT, KI, VI, STAGE, BIAS, SCALE, MASK, G, HT, DQ, DH, LSE_T, LSE_I, LSE_U, SHARE, ALPHA, DNUM, DSHARE,
-    DELTA_T, DELTA_I, GOT, DSCALE,
+    DELTA_T, DELTA_I, GOT, DA, DSCALE,
     sq, skt, svt, ski, svi, sstage, sbank, sbias, sscale, smask, sg, sdq, DIVT, DIVI, LQ, LT, LI, NZ, NG,
     N: tl.constexpr, MERGE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, H, B). DSHARE: da [n, B, LQ], of the share's mean. Fills DQ, DH, deltas, GOT, DSCALE."""
+    """Grid (tiles, H, B). DSHARE: da [n, B, LQ], of the share's mean. Fills DQ, DH, deltas, DSCALE, and
+    GOT and DA: each head's share and its gradient.
+    """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     bh, n_bh = b * heads + head, heads * tl.num_programs(2).to(tl.int64)
@@ -165,7 +169,7 @@ def rows_kernel(
     if MERGE > 0:
         h = load_tile(HT + bh * LQ * D, rows, LQ, D, 1, D, BD, True)
     else:
-        h, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT,
+        h, _, _ = attend_known(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, lse_t, lse_t, BT, D, BD, BM, ROOT,
                             False, UPCAST)  # fmt: skip
     dh = g
     dq = tl.zeros([BM, BD], tl.float32)
@@ -179,7 +183,7 @@ def rows_kernel(
         if MERGE == 2:
             lse_u = row_values(LSE_U, at, inside)
             da = row_values(DSHARE, (j * tl.num_programs(2) + b) * LQ + rows, inside) / heads
-        i, got = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM,
+        i, got, lu = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM,
                               ROOT,
                               MERGE == 2, UPCAST)  # fmt: skip
         s, w = identity_scale(SCALE, sscale, j, b), identity_weight(MASK, smask, j, b, rows, LQ)
@@ -192,7 +196,9 @@ def rows_kernel(
         delta = tl.sum(di * i, 1)
         tl.store(DELTA_I + at, delta, mask=inside)
         if MERGE == 2:
+            da = da / lu
             tl.store(GOT + at, got, mask=inside)
+            tl.store(DA + at, da, mask=inside)
         dq = add_dq(q, di, k, v, ski[j], svi[j], LI[j], None, 0, NG, lse, delta, lse_u, got, da, dq, BI[j],
                     D, BD,
                     ROOT, MERGE == 2, UPCAST)  # fmt: skip
@@ -225,7 +231,7 @@ def branch_gradient(G, HT, SCALE, MASK, DNUM, sg, sscale, smask, j: tl.constexpr
 
 @triton.jit(do_not_specialize=["NG", "per_chunk"])
 def keys_kernel(
-    Q, K, V, STAGE, BIAS, SCALE, MASK, G, HT, LSE, LSE_U, DNUM, DSHARE, DELTA, GOT, DK, DV,
+    Q, K, V, STAGE, BIAS, SCALE, MASK, G, HT, LSE, LSE_U, DNUM, DA, DELTA, GOT, DK, DV,
     sq, sk, sv, sstage, sbank, sbias, sscale, smask, sg, DIVK, DIVV, heads, batch, LQ, count, NG, per_chunk,
     J: tl.constexpr, IDENTITY: tl.constexpr, MERGE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr,
@@ -263,9 +269,9 @@ def keys_kernel(
         lse_u, got, da = lse, lse, lse
         if IDENTITY and MERGE == 2:
             lse_u, got = row_values(LSE_U, at, inside), row_values(GOT, at, inside)
-            da = row_values(DSHARE, b * LQ + rows, inside) / heads
+            da = row_values(DA, at, inside)
         dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-        p, ds = weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, ROOT, IDENTITY and MERGE == 2)
+        p, ds = weight_gradient(x, dp, lse, delta, lse_u, got, da, cols, NG, q.dtype, ROOT, IDENTITY and MERGE == 2)
         dv = tl.dot(tl.trans(p.to(q.dtype)), d_out, dv, input_precision="ieee")
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
     base = (tl.program_id(1) * n_bh + bh) * count * D

@@ -28,13 +28,13 @@ def backward(a, g: Tensor, stats: Stats, *, text_kv: bool = True, id_kv: bool = 
         return _nothing(p)
     s = stats
     ht, dnum, dshare = _coupling(p, g, s) if p.merge != fwd.ADD else (None, None, None)
-    dq, dh, delta_t, delta_i, got, dscale = _rows(p, g, s, ht, dnum, dshare)
+    dq, dh, delta_t, delta_i, shares, dscale = _rows(p, g, s, ht, dnum, dshare)
     none = (None, None)
     dkt, dvt = _keys(p, g if dh is None else dh, s.lse_text, delta_t, None, None) if text_kv else none
     pairs = [none] * p.n
     if id_kv:
         side = dict(HT=ht, DNUM=dnum)
-        pairs = [_keys(p, g, s.lse_id[j], delta_i[j], j, side, s, dshare, got) for j in range(p.n)]
+        pairs = [_keys(p, g, s.lse_id[j], delta_i[j], j, side, s, shares) for j in range(p.n)]
     return dq, dkt, dvt, [k for k, _ in pairs], [v for _, v in pairs], dscale
 
 
@@ -67,22 +67,22 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
 
 
 def _rows(p: Plan, g: Tensor, s: Stats, ht: Tensor | None, dnum: Tensor | None, dshare: Tensor | None):
-    """dq, gradient of h (None for add: it is g), deltas of text and identities, shares per head, dscale."""
+    """dq, gradient of h (None for add: it is g), deltas of text and identities, (share, its gradient), dscale."""
     t = p.tile("rows")
     tiles = triton.cdiv(p.lq, t.rows)
     two, v2 = p.merge != fwd.ADD, p.merge == fwd.ORTHO_V2
     dq, dh = new_out(p.a.q), p.empty(p.b, p.h, p.lq, p.d, dtype=p.a.q.dtype) if two else None
     delta_t = p.empty(p.b, p.h, p.lq)
     delta_i = p.empty(p.n, p.b, p.h, p.lq)
-    got = p.empty(p.n, p.b, p.h, p.lq) if v2 else None
+    got, da = (p.empty(p.n, p.b, p.h, p.lq) if v2 else None for _ in range(2))
     dscale = p.empty(tiles, p.n, p.b, p.h)
     start(
         kernels.rows_kernel, (tiles, p.h, p.b), dict(num_warps=t.warps, num_stages=t.stages),
         **p.common(), **p.key_blocks(t.keys), G=g, HT=ht, DQ=dq, DH=dh, LSE_T=s.lse_text, LSE_I=s.lse_id,
         LSE_U=s.lse_unscaled, SHARE=s.share, ALPHA=s.alpha, DNUM=dnum, DSHARE=dshare, DELTA_T=delta_t,
-        DELTA_I=delta_i, GOT=got, DSCALE=dscale, sg=g.stride(), sdq=dq.stride(), BM=t.rows,
+        DELTA_I=delta_i, GOT=got, DA=da, DSCALE=dscale, sg=g.stride(), sdq=dq.stride(), BM=t.rows,
     )  # fmt: skip
-    return dq, dh, delta_t, delta_i, got, dscale.sum((0, 3))
+    return dq, dh, delta_t, delta_i, (got, da), dscale.sum((0, 3))
 
 
 def _chunks(p: Plan, blocks: int, rows: int) -> tuple[int, int]:
@@ -93,7 +93,7 @@ def _chunks(p: Plan, blocks: int, rows: int) -> tuple[int, int]:
     return triton.cdiv(tiles, per), per * rows
 
 
-def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tuple[Tensor, Tensor]:
+def _keys(p: Plan, g, lse, delta, j, side, s=None, shares=None) -> tuple[Tensor, Tensor]:
     """dk, dv of the text (j None; g is the gradient of h) or of identity j."""
     a, t = p.a, p.tile("keys")
     k, v = (a.k_text, a.v_text) if j is None else (a.k_id[j], a.v_id[j])
@@ -114,7 +114,7 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, dshare=None, got=None) -> tup
         kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
         **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),
         Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None,
-        DSHARE=dshare[j] if v2 else None, DELTA=delta, GOT=got[j] if v2 else None, DK=dk, DV=dv,
+        DA=shares[1][j] if v2 else None, DELTA=delta, GOT=shares[0][j] if v2 else None, DK=dk, DV=dv,
         sq=a.q.stride(), sk=k.stride()[-4:], sv=v.stride()[-4:], sg=g.stride(), DIVK=p.b // k.shape[-4],
         DIVV=p.b // v.shape[-4], heads=p.h, batch=p.b, LQ=p.lq, count=count, NG=a.num_global, per_chunk=per,
         J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd, BM=t.rows, BN=block,

@@ -172,7 +172,21 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
 
 
 @triton.jit
-def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, got,
+def known_weights(x, lse, DTYPE: tl.constexpr):
+    """The softmax weights of forward, float32, from the logits and log2 of their sum.
+
+    Forward multiplied weights of DTYPE that stand to an integer base (`online_step`): so do these.
+    """
+    if DTYPE == tl.float32:
+        p = tl.exp2(x - lse[:, None])
+    else:
+        base = tl.floor(lse)
+        p = tl.exp2(x - base[:, None]).to(DTYPE).to(tl.float32) * tl.exp2(base - lse)[:, None]
+    return p
+
+
+@triton.jit
+def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, lu, got,
                D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
                SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     x, cols = logits(q, K, sk, start, count, BIAS, s_bias, D, BD, BLOCK, ROOT, UPCAST)
@@ -181,8 +195,9 @@ def known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     if SHARE:
         u = tl.exp2(x * ROOT - lse_u[:, None])
+        lu += tl.sum(u, 1)
         got += tl.sum(tl.where(cols[None, :] < NG, u, 0.0), 1)
-    return acc, got
+    return acc, lu, got
 
 
 @triton.jit
@@ -190,19 +205,25 @@ def attend_known(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, lse, lse_u, BLOCK
                  D: tl.constexpr,
                  BD: tl.constexpr, BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
-    """`attend` with known log2 sums: the result [BM, BD] and the share of the first NG tokens [BM].
+    """`attend` with known log2 sums: the result [BM, BD], the share of the first NG tokens [BM], and what is left of
+    the unscaled weights' sum, near 1: lse_u is a large number and its rounding is felt.
 
     The loop is left to run time: unrolled, the compiler keeps key tiles in registers for later, and spills.
     """
     counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
-    got = tl.zeros([BM], tl.float32)
+    lu = tl.zeros([BM], tl.float32)
+    got = lu
     if SHARE:
-        got += counted * tl.exp2(-lse_u)
+        zero = tl.exp2(-lse_u)
+        lu += NZ * zero
+        got += counted * zero
     acc = tl.zeros([BM, BD], tl.float32)
     base = lse
     if q.dtype != tl.float32:
         base = tl.floor(lse)  # an integer, as in `online_step`
     for start in range(0, count, BLOCK):
-        acc, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, got,
+        acc, lu, got = known_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, base, lse_u, acc, lu, got,
                               D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
-    return acc * tl.exp2(base - lse)[:, None], got
+    if SHARE:
+        got = got / lu
+    return acc * tl.exp2(base - lse)[:, None], got, lu

@@ -10,7 +10,8 @@ from idcore.backends import reference, reference_bwd, sdpa
 from idcore.backends.call import Args
 from idcore.backends.checks import normalize
 
-FLOOR = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+BETWEEN = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,23 @@ def poisoned(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return frame[:, 1 : lq + 1].transpose(1, 2), frame
 
 
-def check_forward(c: Case, got: torch.Tensor, a: Args, truth_args: Args) -> None:
+def check_forward(c: Case, got: torch.Tensor, a: Args, truth_args: Args, *, between: bool = False) -> None:
     """err <= 2 err(eager) + floor against float64.
 
-    The floor is relative to X = h + sum s w i, which ortho and ortho_v2 keep in the call's dtype between passes.
+    Args:
+        between: the kernel keeps X = h + sum s w i in the call's dtype between its passes, also for few rows, where X
+            may be far larger than the result; the floor is then that of `BETWEEN` relative to X.
     """
     truth = reference.forward(truth_args)
     eager = sdpa.forward(a)
-    kept = reference.forward(truth_args._replace(merge="add")).abs().max().item()
     assert torch.isfinite(got).all(), f"not finite: {c}"
-    size = max(1.0, truth.abs().max().item(), kept)
-    limit = 2 * (eager - truth).abs().max().item() + FLOOR[c.dtype] * size
+    if not truth.numel():
+        return
+    size, floor = max(1.0, truth.abs().max().item()), FLOOR[c.dtype]
+    if between:
+        size = max(size, reference.forward(truth_args._replace(merge="add")).abs().max().item())
+        floor = BETWEEN[c.dtype]
+    limit = 2 * (eager - truth).abs().max().item() + floor * size
     error = (got - truth).abs().max().item()
     assert error <= limit, f"error {error:.3e} above {limit:.3e}: {c}"
 
@@ -144,9 +151,10 @@ def jogged(a: Args, dtype: torch.dtype) -> Args:
 
 
 def check_backward(c: Case, got, a: Args, truth_args: Args, g: torch.Tensor) -> None:
-    """err <= 3 err(eager) + floor + 4 times what a rounding of the inputs does, for every gradient.
+    """err <= 3 err(eager) + floor + what a rounding of the inputs does, for every gradient.
 
-    The last term matters for ortho where few rows make alpha a quotient of small numbers.
+    The last term matters for 16-bit dq and dscale, where eager's error may happen to be small: another arithmetic
+    must be allowed what the rounding of its inputs does. It vanishes for float32.
     """
     truth = reference_bwd.backward(truth_args, g.double())
     eager = eager_gradients(a, g)
@@ -160,7 +168,9 @@ def check_backward(c: Case, got, a: Args, truth_args: Args, g: torch.Tensor) -> 
             continue
         assert torch.isfinite(x).all(), f"{name} not finite: {c}"
         size = max(largest, y.abs().max().item())
-        limit = 3 * (z - y).abs().max().item() + 2 * FLOOR[c.dtype] * size + 4 * (m - y).abs().max().item()
+        if name == "dscale":  # a sum of so many terms, whose roundings add up
+            size = max(size, (c.h * c.lq * c.d) ** 0.5)
+        limit = 3 * (z - y).abs().max().item() + FLOOR[c.dtype] * size + (m - y).abs().max().item()
         error = (x - y).abs().max().item()
         assert error <= limit, f"{name}: error {error:.3e} above {limit:.3e}: {c}"
 

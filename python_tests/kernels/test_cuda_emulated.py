@@ -56,7 +56,7 @@ def check(library, c: Case, warps: int, grid: int = 0, slots: int = 0) -> None:
         run(library, a, out, warps, grid, slots, seed)
         assert frame[:, 0].isnan().all() and frame[:, -1].isnan().all(), "wrote outside its result"
         results.append(out)
-    check_forward(c, results[0], a, truth)
+    check_forward(c, results[0], a, truth, between=True)
     assert torch.equal(results[0], results[1]), f"depends on the order of threads: {c}"
 
 
@@ -192,7 +192,7 @@ def test_leaving_barriers_out_is_noticed(tmp_path, left_out):
     out, _ = poisoned(a.q)
     run(broken, a, out, 2, 4, 1)
     with pytest.raises(AssertionError):
-        check_forward(BASE, out, a, truth)
+        check_forward(BASE, out, a, truth, between=True)
 
 
 @pytest.mark.nightly
