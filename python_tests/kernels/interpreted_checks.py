@@ -78,10 +78,11 @@ def test_backward(kernels, name):
     check_backward(c, kernels.gradients(a, g), a, truth, g)
 
 
-def test_a_stage_outside_the_bank_is_the_nearest(kernels):
+@pytest.mark.parametrize("index, taken", [(7, 2), (-3, 0)])
+def test_a_stage_outside_the_bank_is_the_nearest(kernels, index, taken):
     a, _ = build(BASE.with_(stages=3, b=1, rows=(1,), text_rows=1))
-    outside = a._replace(stage=torch.tensor([7], dtype=torch.int32))
-    assert torch.equal(kernels.forward(a), kernels.forward(outside))
+    outside, inside = (a._replace(stage=torch.tensor([n], dtype=torch.int32)) for n in (index, taken))
+    assert torch.equal(kernels.forward(outside), kernels.forward(inside))
 
 
 def test_statistics_are_those_of_the_contract(kernels):

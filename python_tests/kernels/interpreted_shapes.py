@@ -60,14 +60,14 @@ def random_case(seed: int) -> Case:
     divisors = [k for k in (1, 2, 4) if b % k == 0]
     zero = r.choice((0, 1, 8, 20))
     return Case(
-        merge=r.choice(("add", "ortho", "ortho_v2")), dtype=r.choice((torch.float32, torch.float16)), b=b,
-        h=r.choice((1, 2, 3)), lq=r.choice((1, 3, 17, 33, 63, 77, 130)), lt=r.choice((1, 5, 77, 80, 129)),
-        d=r.choice((8, 40, 64, 80, 128, 160)), li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 32,
-                                                                  37)) for _ in range(n)),
+        merge=r.choice(MERGES), dtype=r.choice(DTYPES), b=b, h=r.choice((1, 2, 3)),
+        lq=r.choice((1, 3, 17, 33, 63, 77, 130)), lt=r.choice((1, 5, 77, 80, 129)),
+        d=r.choice((8, 40, 64, 80, 128, 160)),
+        li=tuple(r.choice((0 if zero else 1, 1, 4, 5, 10, 32, 37)) for _ in range(n)),
         rows=tuple(r.choice(divisors) for _ in range(n)), text_rows=r.choice(divisors), zero=zero,
         num_global=r.choice((1, 5, 40)), scale=r.choice(("tensor", 0.0, -1.5, 1.0)) if n else 1.0,
-        stages=0, mask=n > 0 and r.random() < 0.5, bias=r.random() < 0.2, layout=r.choice(("packed", "plain", "holes",
-                                                                                 "cut")), seed=seed,
+        mask=n > 0 and r.random() < 0.5, bias=r.random() < 0.2, layout=r.choice(("packed", "plain", "holes", "cut")),
+        stages=r.choice((0, 0, 3)), stage_rows=r.choice((1, b)), seed=seed,
     )  # fmt: skip
 
 
