@@ -17,6 +17,7 @@ _HOME = {
     "id_attention": "ops",
     "explain": "ops",
     "PuLID": "systems.pulid",
+    "IDPipeline": "sampling.id_pipeline",
     "TinyPipeline": "sampling.tiny_pipeline",
     "default_analyzer": "encoders.analyzer",
     "analyzer_from": "encoders.analyzer",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .encoders.images import load_image
     from .identity import Identity
     from .ops import explain, id_attention
+    from .sampling.id_pipeline import IDPipeline
     from .sampling.tiny_pipeline import TinyPipeline
     from .systems.pulid import PuLID
 

@@ -8,6 +8,7 @@ t = 999, 749, 499, 249, that is sigma = 14.6146, 4.0817, 1.6129, 0.6932. PuLID v
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -111,3 +112,12 @@ def scheduler_by_name(name: str, config: Mapping[str, Any], own: Any = None) -> 
     if name not in made:
         raise InputError(f"sampler must be one of {', '.join(NAMES)}, got {name!r}")
     return made[name]()
+
+
+def fresh_copy(scheduler: Any) -> Any:
+    """A scheduler with the same tables whose state is its own: `set_timesteps` and `step` leave the first alone."""
+    made = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            setattr(made, name, list(value))
+    return made

@@ -1,0 +1,66 @@
+"""The identities that sit on a pipeline's UNet between and during its calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..attach import Handle, attach
+
+
+class Seat:
+    """Keeps the identities of the latest call projected, but off outside of calls.
+
+    Args:
+        owner: the pipeline that `attach` asks for guidance and timesteps.
+        system, backend: as in `attach`.
+        as_data: scales as tensors in every call (see `Conditioning.as_data`).
+    """
+
+    def __init__(self, owner: Any, system: Any, backend: str | None, as_data: bool) -> None:
+        self.owner, self.system, self.backend, self.as_data = owner, system, backend, as_data
+        self.handle: Handle | None = None
+        self._people: tuple[Any, ...] = ()
+        self._masks: Any = None
+
+    @property
+    def conditionings(self) -> list[Any]:
+        """Everything that is attached to the UNet, by us or by others."""
+        return [] if self.handle is None else list(self.handle._stack.layers)
+
+    def leave(self) -> None:
+        """Take the identities off and drop their keys and values."""
+        if self.handle is not None:
+            self.handle.detach()
+        self.handle, self._people, self._masks = None, (), None
+
+    @contextlib.contextmanager
+    def taken(self, people: tuple[Any, ...], scale: Any, masks: Any, window: tuple[Any, Any, Any]) -> Iterator[None]:
+        """For the time of one call."""
+        try:
+            if people:
+                self._sit(people)
+                self._set_masks(masks)
+                self.handle.schedule(*window)
+                self.handle.scale(scale)
+            yield
+        finally:
+            if self.handle is not None:
+                self.handle.scale(0.0)
+
+    def _sit(self, people: tuple[Any, ...]) -> None:
+        if self.handle is None or not self.handle.attached:
+            self.leave()
+            self.handle = attach(self.owner, self.system, list(people), id_scale=0.0, backend=self.backend)
+            self.handle._conditioning.as_data = self.as_data
+        elif len(people) != len(self._people) or any(a is not b for a, b in zip(people, self._people)):
+            self._set_masks(None)
+            self.handle.schedule()
+            self.handle.identity(list(people))
+        self._people = people
+
+    def _set_masks(self, masks: Any) -> None:
+        if masks is not self._masks:
+            self.handle.masks(masks)
+            self._masks = masks

@@ -1,0 +1,120 @@
+"""The recorded loop: what changes from play to play, on a recorder that holds numbers fixed as a CUDA graph does."""
+
+import pytest
+import torch
+from naive_attention import one_thread  # noqa: F401
+from tape import record
+
+import idcore
+from idcore.errors import InputError
+from idcore.sampling.loop_graph import LoopGraphs, record_on_cuda
+from idcore.systems.base import AttentionOptions
+from idcore.testing.tiny_models import TinySystem, tiny_pipeline, tiny_unet
+
+V2 = AttentionOptions("ortho_v2", 4, 3)
+SMALL = {"layers_per_block": 1, "block_out_channels": (16, 32), "transformer_layers_per_block": 1}
+
+
+def two(sampler="lightning"):
+    """The same pipeline twice: eager, and with a recorder in place of CUDA's."""
+    stock = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL))
+    system = TinySystem(stock.unet, options=V2)
+    eager = idcore.IDPipeline(stock, system, sampler=sampler, backend="reference")
+    other = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL))
+    graph = idcore.IDPipeline(other, system, sampler=sampler, backend="reference")
+    graph.runner, graph.graphs, graph._seat.as_data = "graph", LoopGraphs(other.unet, record), True
+    recorded = []
+    inner = graph.graphs._recorded
+    graph.graphs._recorded = lambda *a: recorded.append(1) or inner(*a)
+    return eager, graph, recorded
+
+
+def both(eager, graph, **how):
+    seeds = how.pop("seeds", (0,))
+    how = {"prompt": "a dog"} | how
+    a, b = (
+        p(generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent", **how).images
+        for p in (eager, graph)
+    )
+    assert (a - b).abs().max() < 1e-4 * a.abs().max()
+    return a
+
+
+@pytest.mark.parametrize(
+    "sampler, steps", [("lightning", 3), ("lightning-euler", 3), ("karras-2m", 3), ("karras-sde", 2)]
+)
+def test_one_recording_serves_new_words_seeds_people_scales_and_times(sampler, steps):
+    eager, graph, recorded = two(sampler)
+    people = [eager.system.identity(i) for i in range(3)]
+    pictures = [
+        both(eager, graph, num_inference_steps=steps, guidance_scale=1.5, **how)
+        for how in [
+            dict(id_embeds=people[0]),
+            dict(id_embeds=people[0], id_scale=0.4),
+            dict(id_embeds=people[1], id_scale={"up": 1.5}),
+            dict(id_embeds=people[2], prompt="a cat", negative_prompt="bad"),
+            dict(id_embeds=people[2], seeds=(3,)),
+            dict(id_embeds=people[2], id_guidance_start=0.3),
+            dict(id_embeds=people[2], id_schedule=[0.5, 1.5]),
+            dict(id_embeds=people[0], original_size=(64, 64)),
+            dict(),
+        ]
+    ]
+    assert len(recorded) == 1
+    for i, a in enumerate(pictures):
+        assert all(not torch.allclose(a, b) for b in pictures[:i])
+    both(eager, graph, num_inference_steps=steps, guidance_scale=2.5, id_embeds=people[0])
+    assert len(recorded) == 1
+
+
+def test_what_records_anew_and_what_is_kept():
+    eager, graph, recorded = two()
+    me, you = eager.system.identity(0), eager.system.identity(1)
+    half = torch.zeros(4, 4)
+    half[:, 2:] = 1
+    different = [
+        dict(id_embeds=me),
+        dict(id_embeds=me, num_inference_steps=2),
+        dict(id_embeds=me, guidance_scale=2.0),
+        dict(id_embeds=me, height=32),
+        dict(id_embeds=[me, you], id_masks=[half, None]),
+    ]
+    for i, how in enumerate(different):
+        both(eager, graph, **how)
+        assert len(recorded) == i + 1
+        both(eager, graph, **how, seeds=(9,))
+        assert len(recorded) == i + 1
+    assert len(graph.graphs.kept) == graph.graphs.limit
+    both(eager, graph, id_embeds=me)  # the oldest went
+    assert len(recorded) == len(different) + 1
+    graph.forget_identity()
+    assert not graph.graphs.kept
+
+
+def test_without_identities_and_with_one_that_has_no_uncond():
+    eager, graph, recorded = two()
+    plain = both(eager, graph, guidance_scale=1.5)
+    quiet = eager.system.identity(0, uncond=False)
+    assert not torch.allclose(both(eager, graph, id_embeds=quiet, guidance_scale=1.5), plain)
+    assert len(recorded) == 2
+
+
+def test_no_callbacks_and_no_gpu():
+    _, graph, _ = two()
+    with pytest.raises(InputError, match="no callback between them"):
+        graph("a dog", callback_on_step_end=lambda *a: {})
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device is usable here"):
+            record_on_cuda(lambda: torch.zeros(1), lambda: None)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_what_the_eager_loop_draws():
+    stock = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL)).to("cuda")
+    system = TinySystem(stock.unet, options=V2)
+    eager = idcore.IDPipeline(stock, system)
+    other = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL)).to("cuda")
+    graph = idcore.IDPipeline(other, system, runner="graph")
+    for i, how in enumerate([{}, {"id_scale": 0.3}, {"id_guidance_end": 0.5}, {"prompt": "a cat"}]):
+        both(eager, graph, id_embeds=system.identity(i), guidance_scale=1.5, seeds=(i,), **how)
+    assert len(graph.graphs.kept) == 1
