@@ -315,4 +315,5 @@ struct BFloat16 {
 
 #define IDCORE_DEVICE inline
 #define IDCORE_UNROLL
+#define IDCORE_NO_UNROLL
 #define IDCORE_UNROLL_BY_4

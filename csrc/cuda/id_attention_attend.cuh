@@ -60,19 +60,19 @@ IDCORE_DEVICE void start_branch(RowState& state, int branch, const IdAttentionPa
 template <class T, int kHeadDim, bool kTwo>
 IDCORE_DEVICE void walk_keys(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state,
                              uint32_t (&q)[Geometry<kHeadDim>::kSteps][4], const Task& task,
-                             const Room<kHeadDim>& room, Cursor& next, int& step, const Turn& at,
+                             const Room<kHeadDim>& room, Cursor& next, int& stage, const Turn& at,
                              int branch) {
   using G = Geometry<kHeadDim>;
   const IdAttentionParams& p = task.p;
   const float root = sqrtf(static_cast<float>(kHeadDim));
   const int length = branch_length(p, branch);
-  for (int first = 0; first < length; first += G::kKeys, ++step) {
-    fetch<kHeadDim, kTwo>(task, next, room, step + 1);
+  for (int first = 0; first < length; first += G::kKeys, stage = after(stage)) {
     wait_copies<1>();
     sync_block();
+    fetch<kHeadDim, kTwo>(task, next, room);  // into the stage that was used last
     if (branch == 0 && first == 0)
       load_query<kHeadDim>(q, room.rows(at.slot) + at.warp * G::kRowElements, at.lane);
-    const uint16_t* k = room.stage(step);
+    const uint16_t* k = room.stage(stage);
     const int count = length - first;
     float s[2 * G::kPairs][4];
     score<T, kHeadDim>(s, q, k, count, at.lane);
@@ -83,7 +83,6 @@ IDCORE_DEVICE void walk_keys(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowSta
       weigh<kHeadDim, false>(s, acc, state, kLog2E / root, 0, root, at.lane);
     }
     apply<T, kHeadDim>(acc, s, k + G::kKeys * G::kPitch, count, at.lane);
-    sync_block();
   }
 }
 
@@ -191,12 +190,12 @@ IDCORE_DEVICE void leave_chip(const float (&x)[Geometry<kHeadDim>::kTiles][4], u
   }
   stage<T, kHeadDim>(rows, x, at.lane);
   sync_warp();
-  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, at.spot.b, at.spot.head));
+  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, at.spot));
   write_rows<kHeadDim>(out, p.out.stride_row, rows, at.row, lq, task.aligned, at.lane);
 }
 
 template <class T, int kHeadDim, bool kTwo>
-IDCORE_DEVICE void attend_tile(const Task& task, const Room<kHeadDim>& room, Cursor& next, int& step,
+IDCORE_DEVICE void attend_tile(const Task& task, const Room<kHeadDim>& room, Cursor& next, int& stage_in_use,
                                const Turn& at, bool stays) {
   using G = Geometry<kHeadDim>;
   const IdAttentionParams& p = task.p;
@@ -212,7 +211,7 @@ IDCORE_DEVICE void attend_tile(const Task& task, const Room<kHeadDim>& room, Cur
       IDCORE_UNROLL
       for (int e = 0; e < 4; ++e) acc[tile][e] = 0.f;
     }
-    walk_keys<T, kHeadDim, kTwo>(acc, state, q, task, room, next, step, at, branch);
+    walk_keys<T, kHeadDim, kTwo>(acc, state, q, task, room, next, stage_in_use, at, branch);
     finish_branch<kHeadDim, kTwo>(acc, state, task, at, branch);
     if (branch == 0) {
       if (kTwo) stage<T, kHeadDim>(rows, acc, at.lane);
@@ -255,7 +254,7 @@ IDCORE_DEVICE void finish_tile(const Task& task, const Room<kHeadDim>& room, con
     }
   }
   sync_warp();
-  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, at.spot.b, at.spot.head));
+  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, at.spot));
   write_rows<kHeadDim>(out, p.out.stride_row, rows, at.row, static_cast<int>(p.lq), task.aligned, at.lane);
 }
 
@@ -291,13 +290,13 @@ IDCORE_DEVICE void attend(const Task& task) {
   const Room<kHeadDim> room = {shared_memory(), shared_memory() + task.slot_offset, thread_count() / 32};
   const int begin = kTwo ? first_tile(task, block_x()) : block_x();
   const int end = kTwo ? first_tile(task, block_x() + 1) : begin + 1;
-  Cursor next = {begin, end, 0, 0, 0, spot_of(task, begin)};
-  fetch<kHeadDim, kTwo>(task, next, room, 0);
-  int step = 0;
+  Cursor next = start_of<kHeadDim>(task, begin, end);
+  for (int ahead = 0; ahead + 1 < kStages; ++ahead) fetch<kHeadDim, kTwo>(task, next, room);
+  int stage_in_use = 0;
   for (int tile = begin; tile < end; ++tile) {
     const Turn at = turn_of(task, tile, kTwo ? (tile - begin) % task.slots : 0);
     const bool stays = kTwo && task.together && tile >= end - task.slots;
-    attend_tile<T, kHeadDim, kTwo>(task, room, next, step, at, stays);
+    attend_tile<T, kHeadDim, kTwo>(task, room, next, stage_in_use, at, stays);
   }
   if (!kTwo || !task.together) return;
   sync_grid();

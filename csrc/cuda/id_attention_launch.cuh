@@ -11,7 +11,7 @@ namespace idcore {
 namespace cuda {
 
 template <class T, int kHeadDim, bool kTwo>
-__global__ void __launch_bounds__(32 * max_warps(kTwo), blocks_per_multiprocessor(kHeadDim, kTwo))
+__global__ void __launch_bounds__(32 * max_warps(kHeadDim, kTwo), blocks_per_multiprocessor(kHeadDim, kTwo))
     attend_kernel(const __grid_constant__ Task task) {
   attend<T, kHeadDim, kTwo>(task);
 }
@@ -36,7 +36,8 @@ AttendKernel attend_kernel_of(const IdAttentionParams& p) {
 template <int kHeadDim>
 cudaError_t launch_attend(const Task& task, const Sizes& s, cudaStream_t stream) {
   static_assert(Geometry<kHeadDim>::kSlotBytes == slot_bytes(kHeadDim, 1), "one of them is stale");
-  static_assert(4 * Geometry<kHeadDim>::kStageElements == stage_bytes(kHeadDim), "one of them is stale");
+  static_assert(2 * kStages * Geometry<kHeadDim>::kStageElements == stage_bytes(kHeadDim),
+                "one of them is stale");
   const AttendKernel kernel = attend_kernel_of<kHeadDim>(task.p);
   const cudaError_t e =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes);

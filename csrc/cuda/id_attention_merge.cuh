@@ -96,7 +96,7 @@ IDCORE_DEVICE void merge_rows(const Task& task, const Merging& m, const Spot& sp
   const IdAttentionParams& p = task.p;
   const int vectors = dim / 8;
   const uint16_t* h = task.text + static_cast<int64_t>(spot.pair) * p.lq * dim;
-  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, spot.b, spot.head));
+  uint16_t* out = const_cast<uint16_t*>(head_of(p.out, p.batch, spot));
   for (int v = thread_index(); v < rows * vectors; v += thread_count()) {
     const int local = v / vectors, column = v % vectors * 8;
     const int64_t row = first + local;

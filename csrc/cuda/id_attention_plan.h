@@ -39,18 +39,22 @@ constexpr int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256
 
 inline bool two_passes(const IdAttentionParams& p) { return p.merge != Merge::kAdd && p.num_identities > 0; }
 
-// Most warps a block of attend_kernel has. Two passes need more registers a thread; with six warps two blocks
-// of head dim 64 still fit on a multiprocessor, and nothing spills.
-constexpr int max_warps(bool two) { return two ? 6 : 8; }
-// Blocks of most warps that a multiprocessor's registers hold (the kernels' launch bounds say the same).
+// Most warps a block of attend_kernel has, and blocks that a multiprocessor's registers hold: what the launch
+// bounds say. Two passes and wider heads need more registers a thread; with six warps two blocks still fit,
+// and nothing spills.
+constexpr int max_warps(int64_t head_dim, bool two) { return two || head_dim == 80 ? 6 : 8; }
 constexpr int blocks_per_multiprocessor(int64_t head_dim, bool two) {
   return head_dim <= (two ? 64 : 80) ? 2 : 1;
 }
 
-// Shared memory of a block of attend_kernel: two stages of 32 keys and values, with two passes every warp's
+// Keys and values wait in shared memory in stages of 32: one in use, two being filled.
+constexpr int kStages = 3;
+constexpr int kStageKeys = 32;
+
+// Shared memory of a block of attend_kernel: the stages, with two passes every warp's
 // part of the sums, then the slots: of each warp its rows and its running result.
 constexpr int64_t row_pitch(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 8; }
-constexpr int64_t stage_bytes(int64_t head_dim) { return 2 * 2 * 2 * 32 * row_pitch(head_dim); }
+constexpr int64_t stage_bytes(int64_t head_dim) { return kStages * 2 * 2 * kStageKeys * row_pitch(head_dim); }
 constexpr int64_t slot_bytes(int64_t head_dim, int64_t warps) {
   return warps * 16 * (2 * row_pitch(head_dim) + 4 * head_dim);
 }
@@ -98,10 +102,19 @@ inline Sizes complete(const IdAttentionParams& p, int warps, int64_t grid, int64
 // One tile a block. Many warps save reads of K and V; fewer where the call is too small to fill the GPU with
 // such blocks, or where shared memory is short (99 KB on sm_89).
 inline Sizes plan_apart(const IdAttentionParams& p, const Limits& limits) {
-  int warps = max_warps(two_passes(p));
+  int warps = max_warps(p.head_dim, two_passes(p));
   while (warps > 1 && chunks_of(p, warps) * p.heads * p.batch < 2 * limits.multiprocessors) warps /= 2;
   while (warps > 1 && slot_offset(p, warps) + slot_bytes(p.head_dim, warps) > limits.shared_bytes) --warps;
   return complete(p, warps, 0, 1, false);
+}
+
+// Slots that a block of so many tiles needs at least. Copies run two stages ahead, so where a tile is one
+// stage long the queries of the tile after the next arrive while this one is in use.
+inline int least_slots(const IdAttentionParams& p, int64_t rounds) {
+  int64_t stages = (p.lt + kStageKeys - 1) / kStageKeys;
+  for (int j = 0; j < p.num_identities; ++j) stages += p.identity[j].length > 0;
+  const int least = stages == 1 ? 3 : 2;
+  return rounds < least ? static_cast<int>(rounds) : least;
 }
 
 // One launch of as many blocks as run at once, each with several tiles; false where too little of the result
@@ -114,13 +127,12 @@ inline bool plan_together(const IdAttentionParams& p, const Limits& limits, Size
   int64_t room = limits.shared_all / per - 1024;  // the driver takes 1 KB a block
   if (room > limits.shared_bytes) room = limits.shared_bytes;
   int64_t least = INT64_MAX;
-  for (int warps = max_warps(true); warps > 0; --warps) {
+  for (int warps = max_warps(p.head_dim, true); warps > 0; --warps) {
     const int64_t tiles = chunks_of(p, warps) * p.heads * p.batch;
     const int64_t rounds = (tiles + resident - 1) / resident, grid = (tiles + rounds - 1) / rounds;
     const int64_t fit = (room - slot_offset(p, warps)) / slot_bytes(p.head_dim, warps);
-    const int64_t slots = fit < rounds ? fit : rounds;
-    if (slots < 1 || (rounds > 1 && slots < 2) || rounds > 4 * slots || rounds * (warps + 1) >= least)
-      continue;
+    const int64_t slots = fit < rounds ? fit : rounds;  // more would stay empty
+    if (slots < least_slots(p, rounds) || rounds > 4 * slots || rounds * (warps + 1) >= least) continue;
     least = rounds * (warps + 1);
     *best = complete(p, warps, grid, slots, true);
   }

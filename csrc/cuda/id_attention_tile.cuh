@@ -1,6 +1,7 @@
 // One warp's share of the attention: 16 image rows against blocks of keys that lie in shared memory.
 #pragma once
 
+#include "cuda/id_attention_plan.h"
 #include "cuda/warp.cuh"
 #include "id_attention.h"
 
@@ -16,7 +17,7 @@ struct Geometry {
   static constexpr int kSteps = kDepth / 16;
   static constexpr int kTiles = kHeadDim / 8;  // 8-wide column tiles of the result
   static constexpr int kPitch = kDepth + 8;    // elements between rows in shared memory: no bank conflicts
-  static constexpr int kKeys = 32;
+  static constexpr int kKeys = kStageKeys;
   static constexpr int kPairs = kKeys / 16;
   static constexpr int kStageElements = 2 * kKeys * kPitch;
   static constexpr int kRowElements = kWarpRows * kPitch;    // of a warp: q, then h, then the result
@@ -37,12 +38,10 @@ struct RowState {
   float first[2];         // what the first num_global tokens get of it
 };
 
-IDCORE_DEVICE float max2(float a, float b) { return a > b ? a : b; }
-
 // Over the four lanes that hold one row.
 IDCORE_DEVICE float row_max(float v) {
-  v = max2(v, exchange_xor(v, 1));
-  return max2(v, exchange_xor(v, 2));
+  v = fmaxf(v, exchange_xor(v, 1));
+  return fmaxf(v, exchange_xor(v, 2));
 }
 IDCORE_DEVICE float row_sum(float v) {
   v += exchange_xor(v, 1);
@@ -60,24 +59,55 @@ IDCORE_DEVICE float unscaled(float difference, float p, float root) {
   return exp2_fast(difference * root);
 }
 
-// Rows first .. first + rows of a [L, D] matrix into shared memory, zeros past `count` and past D.
+// Where a thread copies: its row of the first pass, 8 elements from its column on, then every pass-th row.
+struct Place {
+  int row, column, pass;
+};
+
 template <int kHeadDim>
-IDCORE_DEVICE void load_rows(uint16_t* shared, const uint16_t* matrix, int64_t stride, int first, int count,
-                             int rows, bool aligned) {
+IDCORE_DEVICE Place place_of() {
+  constexpr int kVectors = Geometry<kHeadDim>::kDepth / 8;
+  const int pass = thread_count() / kVectors, row = thread_index() / kVectors;
+  return {row < pass ? row : 1 << 20, thread_index() % kVectors * 8, pass};  // left over threads copy nothing
+}
+
+// 8 elements, or zeros.
+IDCORE_DEVICE void copy_vector(uint16_t* to, const uint16_t* from, bool valid, bool aligned) {
+  if (aligned) {
+    copy16_async(to, from, valid);
+    return;
+  }
+  IDCORE_NO_UNROLL
+  for (int e = 0; e < 8; ++e) to[e] = valid ? from[e] : uint16_t(0);
+}
+
+// `rows` rows of D into shared memory, zeros past `count` and past D. `from`: at the thread's place.
+template <int kHeadDim>
+IDCORE_DEVICE void copy_rows(uint16_t* shared, const uint16_t* from, int64_t stride, int count, int rows,
+                             const Place& at, bool aligned) {
+  IDCORE_NO_UNROLL
+  for (int row = at.row; row < rows; row += at.pass) {
+    copy_vector(shared + row * Geometry<kHeadDim>::kPitch + at.column, from,
+                row < count && at.column < kHeadDim, aligned);
+    from += at.pass * stride;
+  }
+}
+
+// Likewise a stage: kKeys rows of keys, then of values.
+template <int kHeadDim>
+IDCORE_DEVICE void copy_stage(uint16_t* stage, const uint16_t* k, const uint16_t* v, int64_t k_stride,
+                              int64_t v_stride, int count, const Place& at, bool aligned) {
   using G = Geometry<kHeadDim>;
-  constexpr int kVectors = G::kDepth / 8;
-  for (int v = thread_index(); v < rows * kVectors; v += thread_count()) {
-    const int row = v / kVectors;
-    const int column = v % kVectors * 8;
-    const bool valid = first + row < count && column < kHeadDim;
-    const uint16_t* from = valid ? matrix + (first + row) * stride + column : matrix;
-    uint16_t* to = shared + row * G::kPitch + column;
-    if (aligned) {
-      copy16_async(to, from, valid);
-    } else {
-      IDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) to[e] = valid ? from[e] : uint16_t(0);
-    }
+  for (int row = at.row;;) {
+    if (row >= G::kKeys) return;
+    const bool valid = row < count && at.column < kHeadDim;
+    uint16_t* to = stage + row * G::kPitch + at.column;
+    copy_vector(to, k, valid, aligned);
+    copy_vector(to + G::kKeys * G::kPitch, v, valid, aligned);
+    row += at.pass;
+    if (row >= G::kKeys) return;  // one pass is the common case: no addresses for another
+    k += at.pass * k_stride;
+    v += at.pass * v_stride;
   }
 }
 
@@ -151,7 +181,7 @@ IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
     float largest = -INFINITY;
     IDCORE_UNROLL
     for (int tile = 0; tile < 2 * G::kPairs; ++tile)
-      largest = max2(largest, max2(s[tile][2 * half], s[tile][2 * half + 1]));
+      largest = fmaxf(largest, fmaxf(s[tile][2 * half], s[tile][2 * half + 1]));
     const float top = row_max(largest) * factor;
     if (top > state.top[half] + kHeadroom) rescale<kHeadDim, kShare>(acc, state, half, top, root);
     const float base = state.top[half] == -INFINITY ? 0.f : state.top[half];  // all keys are masked out

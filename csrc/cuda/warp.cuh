@@ -118,5 +118,6 @@ struct BFloat16 {
 
 #define IDCORE_DEVICE __device__ __forceinline__
 #define IDCORE_UNROLL _Pragma("unroll")
+#define IDCORE_NO_UNROLL _Pragma("unroll 1")
 #define IDCORE_UNROLL_BY_4 _Pragma("unroll 4")
 #endif

@@ -11,26 +11,27 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MERGES = {"add": 0, "ortho": 1, "ortho_v2": 2}
 
 
-def _struct(name: str, **fields):
+def struct(name: str, **fields):
+    """A ctypes structure of these fields."""
     return type(name, (c.Structure,), {"_fields_": list(fields.items())})
 
 
-HeadTensor = _struct(
+HeadTensor = struct(
     "HeadTensor", data=c.c_void_p, batch=c.c_int64, stride_batch=c.c_int64, stride_head=c.c_int64, stride_row=c.c_int64
 )
-TextBias = _struct(
+TextBias = struct(
     "TextBias", data=c.c_void_p, dtype=c.c_int32, stride_batch=c.c_int64, stride_head=c.c_int64,
     stride_row=c.c_int64,
     stride_token=c.c_int64,
 )  # fmt: skip
-Identity = _struct(
+Identity = struct(
     "Identity", k=HeadTensor, v=HeadTensor, length=c.c_int64, scale=c.c_float, scale_data=c.c_void_p,
     scale_stride=c.c_int64, mask=c.c_void_p, mask_stride_batch=c.c_int64, mask_stride_row=c.c_int64,
 )  # fmt: skip
-StageBank = _struct(
+StageBank = struct(
     "StageBank", index=c.c_void_p, count=c.c_int64, stride=c.c_int64, k_stride=c.c_int64, v_stride=c.c_int64
 )
-Params = _struct(
+Params = struct(
     "Params", dtype=c.c_int32, merge=c.c_int32, batch=c.c_int64, heads=c.c_int64, lq=c.c_int64, lt=c.c_int64,
     head_dim=c.c_int64, num_zero=c.c_int32, num_global=c.c_int32, num_identities=c.c_int32, q=HeadTensor,
     k_text=HeadTensor, v_text=HeadTensor, out=HeadTensor, text_bias=TextBias, identity=Identity * 16,
