@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/id_attention_bwd.h"
 #include "cpu/id_attention_fwd.h"
 #include "cpu/workspace.h"
 #include "id_attention.h"
@@ -153,6 +154,34 @@ void id_attention_cpu(const py::tuple& numbers, const py::tuple& q, const py::tu
   id_attention_cpu_stats(numbers, q, k_text, v_text, out, text_bias, identities, stage, py::tuple());
 }
 
+// `out` is ignored. grads: (g, dq, address of dk_text or 0, dv_text, (dk_id, ...), (dv_id, ...), address of
+// dscale).
+void id_attention_cpu_bwd(const py::tuple& numbers, const py::tuple& q, const py::tuple& k_text,
+                          const py::tuple& v_text, const py::tuple& out, const py::tuple& text_bias,
+                          const py::tuple& identities, const py::tuple& stage, const py::tuple& stats,
+                          const py::tuple& grads) {
+  const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
+  const idcore::IdAttentionStats known = stats_of(stats);
+  want_size(grads, 7, "grads");
+  idcore::IdAttentionGrads to{};
+  to.g = head_tensor(py::reinterpret_borrow<py::tuple>(grads[0]), "g");
+  to.dq = head_tensor(py::reinterpret_borrow<py::tuple>(grads[1]), "dq");
+  to.dk_text = pointer_at<void>(grads, 2);
+  to.dv_text = pointer_at<void>(grads, 3);
+  const auto dk = py::reinterpret_borrow<py::tuple>(grads[4]),
+             dv = py::reinterpret_borrow<py::tuple>(grads[5]);
+  want_size(dk, identities.size(), "dk_id");
+  want_size(dv, identities.size(), "dv_id");
+  for (size_t j = 0; j < identities.size(); ++j) {
+    to.dk_id[j] = pointer_at<void>(dk, j);
+    to.dv_id[j] = pointer_at<void>(dv, j);
+  }
+  to.dscale = pointer_at<float>(grads, 6);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::id_attention_bwd(p, known, to, kernels);
+}
+
 #if defined(IDCORE_WITH_CUDA)
 using Tuples = const py::tuple&;
 
@@ -267,6 +296,8 @@ PYBIND11_MODULE(_C, m) {
         "Forward of id_attention on the CPU; see csrc/bind.cpp for the tuples.");
   m.def("id_attention_cpu_stats", &id_attention_cpu_stats,
         "As id_attention_cpu; also the row statistics for backward, six addresses.");
+  m.def("id_attention_cpu_bwd", &id_attention_cpu_bwd,
+        "Gradients of id_attention on the CPU from its statistics; see csrc/bind.cpp for the tuples.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

@@ -1,6 +1,6 @@
 #include "cpu/vec_avx512.h"
 
-#include "cpu/tile_finish.h"
+#include "cpu/tile_table.h"
 
 namespace idcore {
 namespace cpu {

@@ -4,7 +4,7 @@
 
 #include "cpu/vec_avx512bf16.h"
 
-#include "cpu/tile_finish.h"
+#include "cpu/tile_table.h"
 
 namespace idcore {
 namespace cpu {

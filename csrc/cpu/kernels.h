@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "id_attention_bwd.h"
+#include "id_attention_grad.h"
 
 namespace idcore {
 namespace cpu {
@@ -54,6 +54,8 @@ struct Plan {
   IdAttentionStats stats;  // what backward will want; all null where nothing will
 };
 
+struct BackwardKernels;  // of cpu/kernels_bwd.h
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -76,6 +78,7 @@ struct Kernels {
   // Runs `rounds` of independent multiply-adds in registers (with `pairs` the bf16 dot product) and returns
   // the floating-point operations done.
   double (*multiply_adds)(int64_t rounds, bool pairs);
+  const BackwardKernels* backward;
 };
 
 const Kernels* kernels_base();

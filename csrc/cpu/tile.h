@@ -1,4 +1,4 @@
-// First pass over one chunk of rows in one head.
+// The forward's first pass over one chunk of rows in one head.
 #pragma once
 
 #include "cpu/tile_values.h"

@@ -98,11 +98,6 @@ void finish(const Plan& plan, int64_t batch, int64_t head, int64_t chunk, const 
   }
 }
 
-constexpr Kernels table(const char* name, bool has_pairs) {
-  return Kernels{name,   kLanes, has_pairs,  packed_k_words, packed_v_words, row_floats,
-                 pack_k, pack_v, identities, attend,         finish,         multiply_adds};
-}
-
 }  // namespace
 }  // namespace cpu
 }  // namespace idcore

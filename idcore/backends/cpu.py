@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .call import Args, Call, Stats, stats_shapes
-from .native import DTYPES, MAX_IDENTITIES, addresses, call_tuples
+from .native import DTYPES, MAX_IDENTITIES, addresses, call_tuples, head_tensor
 
 NAME = "cpu"
 DIFFERENTIABLE = False
-HAS_BACKWARD = False
+HAS_BACKWARD = True
 
 MAX_HEAD_DIM = 256
 
@@ -82,3 +82,29 @@ def _run(a: Args, out: Tensor | None, stats: Stats | None) -> Tensor:
         _load()[0].id_attention_cpu_stats(*tuples, addresses(stats))
     del keep
     return result if out is None or direct else out.copy_(result)
+
+
+def backward(a: Args, g: Tensor, stats: Stats, *, text_kv: bool = True, id_kv: bool = True):
+    """Gradients in the form of `reference_bwd.backward`, from the statistics of `forward_stats`.
+
+    Args:
+        g: gradient of the output. [B, H, Lq, D]
+        text_kv, id_kv: False leaves those gradients out (None in their places), for frozen projections.
+
+    Returns:
+        (dq, dk_text, dv_text, dks, dvs, dscale): dq in memory order B, Lq, H, D, the others contiguous; dscale
+        float32 [n, B].
+    """
+    b, h, lq, d = a.q.shape
+    n = len(a.k_id)
+    g = g.to(a.q.dtype) if g.stride(3) == 1 or d == 1 else g.to(a.q.dtype).contiguous()
+    new = torch.zeros if a.q.numel() == 0 else torch.empty
+    dq = a.q.new_empty(b, lq, h, d).transpose(1, 2)
+    dkt, dvt = (new(t.shape, dtype=t.dtype) if text_kv else None for t in (a.k_text, a.v_text))
+    dks, dvs = ([new(t.shape, dtype=t.dtype) if id_kv else None for t in side] for side in (a.k_id, a.v_id))
+    dscale = new((n, b), dtype=torch.float32)
+    tuples, keep = call_tuples(a, dq)
+    grads = (head_tensor(g), head_tensor(dq), *addresses((dkt, dvt)), addresses(dks), addresses(dvs), dscale.data_ptr())
+    _load()[0].id_attention_cpu_bwd(*tuples, addresses(stats), grads)
+    del keep
+    return dq, dkt, dvt, dks, dvs, dscale

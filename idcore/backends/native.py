@@ -14,7 +14,8 @@ MERGES = {"add": 0, "ortho": 1, "ortho_v2": 2}
 MAX_IDENTITIES = 16
 
 
-def _head_tensor(t: Tensor) -> tuple[int, ...]:
+def head_tensor(t: Tensor) -> tuple[int, ...]:
+    """Address, batch, strides of batch, head and row in elements."""
     return (t.data_ptr(), t.shape[-4], *t.stride()[-4:-1])
 
 
@@ -45,7 +46,7 @@ def _identities(a: Args) -> tuple[tuple, ...]:
         if a.mask is not None:
             m = a.mask[j]
             mask = (m.data_ptr(), m.stride(0) if m.shape[0] > 1 else 0, m.stride(1))
-        views.append((_head_tensor(k), _head_tensor(v), k.shape[2], *scale, *mask))
+        views.append((head_tensor(k), head_tensor(v), k.shape[2], *scale, *mask))
     return tuple(views)
 
 
@@ -59,7 +60,7 @@ def call_tuples(a: Args, result: Tensor, bias_dtypes: Collection[torch.dtype] = 
     b, h, lq, d = a.q.shape
     numbers = (DTYPES[a.q.dtype], MERGES[a.merge], b, h, lq, a.text_length, d, a.num_zero, a.num_global)
     bias, keep = _bias(a, bias_dtypes)
-    heads = (_head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
+    heads = (head_tensor(t) for t in (a.q, a.k_text, a.v_text, result))
     return (numbers, *heads, bias, _identities(a), _stage(a)), keep
 
 

@@ -82,8 +82,9 @@ def _bwd(
         dq, dkt, dvt, dks, dvs, dscale = module.backward(a, grad, s, text_kv=text_kv, id_kv=id_kv)
     else:
         dq, dkt, dvt, dks, dvs, dscale = reference_bwd.backward(a, grad)
-    wanted = [dq, dscale, *((dkt, dvt) if text_kv else ()), *((*dks, *dvs) if id_kv else ())]
-    return [t.contiguous() for t in wanted]
+    wanted = [dscale, *((dkt, dvt) if text_kv else ()), *((*dks, *dvs) if id_kv else ())]
+    # Queries are views of [B, Lq, H D]: in that memory order their gradient reaches to_q without a copy.
+    return [dq.transpose(1, 2).contiguous().transpose(1, 2), *(t.contiguous() for t in wanted)]
 
 
 @_bwd.register_fake
@@ -91,8 +92,8 @@ def _bwd_fake(
     grad, stats, q, k_text, v_text, k_id, v_id, scale, mask, text_bias, stage, merge, num_zero, num_global, backend,
     text_kv, id_kv,
 ):  # fmt: skip
-    likes = (q, scale, *((k_text, v_text) if text_kv else ()), *((*k_id, *v_id) if id_kv else ()))
-    return [t.new_empty(t.shape) for t in likes]
+    likes = (scale, *((k_text, v_text) if text_kv else ()), *((*k_id, *v_id) if id_kv else ()))
+    return [_new_out(q), *(t.new_empty(t.shape) for t in likes)]
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -16,4 +16,17 @@ struct IdAttentionStats {
   float* den;           // [n, B, H, D], alpha's denominator sum w h h
 };
 
+// Gradients of one call. g and dq are [B, H, Lq, D] in the dtype of the call, the others contiguous in the
+// shape of what they belong to and in its dtype. A null pointer: not wanted; K's and V's of one branch go
+// together.
+struct IdAttentionGrads {
+  HeadTensor g;   // of the result
+  HeadTensor dq;  // written, as all below
+  void* dk_text;  // [Bt, H, Lt, D], with a stage bank [S, Bt, H, Lt, D] and zero where no sample reads
+  void* dv_text;
+  void* dk_id[kMaxIdentities];  // [Bi, H, Li, D]
+  void* dv_id[kMaxIdentities];
+  float* dscale;  // [n, B]
+};
+
 }  // namespace idcore

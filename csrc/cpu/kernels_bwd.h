@@ -1,0 +1,61 @@
+// What an instruction-set unit offers to the driver of the backward, and the plan of a call.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "id_attention_grad.h"
+
+namespace idcore {
+namespace cpu {
+
+// Image rows of one work item; each sums its own share of the gradients of K and V, and those are added in
+// order, so that the number of threads does not change a bit (our choice).
+constexpr int64_t kSegmentRows = 512;
+
+// One K or V as float32, repacked once per call: for dot products with rows, and row by row.
+struct PackedTwice {
+  float* dots;
+  float* rows;
+  int64_t count;                     // samples that it stands for: row b of the call reads b * count / B
+  int64_t dots_stride, rows_stride;  // between heads
+};
+
+struct BackwardPlan {
+  const IdAttentionParams* params;
+  const IdAttentionStats* stats;
+  const IdAttentionGrads* grads;
+  bool two_passes;     // ortho and ortho_v2 with identities
+  int64_t segments;    // ceil(Lq / kSegmentRows)
+  int64_t padded_dim;  // D rounded up to whole vectors
+  PackedTwice k[kMaxBranches];
+  PackedTwice v[kMaxBranches];
+  // Sums of the segments, [B, segments, H] items of [length][padded_dim]; null: not wanted.
+  float* dk[kMaxBranches];
+  float* dv[kMaxBranches];
+  float* dscale;  // sum w g (i + beta alpha h) over the item's rows, per lane. [items, n, lanes]
+  // Only with two passes:
+  void* text;  // h, between the passes. [items, kSegmentRows, padded_dim], of `wait_dtype`
+  DType wait_dtype;
+  float* sums;       // sum w beta g h over the item's rows. [items, n, padded_dim]
+  float* numerator;  // gradient of alpha's numerator. [n, B, H, padded_dim]
+  float*
+      dshare;  // gradient of a, per head (ortho_v2). [n, B, H, segments * kSegmentRows]; their mean in head 0
+};
+
+struct BackwardKernels {
+  int64_t (*packed_dots_words)(int64_t length, int64_t steps);
+  int64_t (*scratch_floats)(const IdAttentionParams& params);  // per thread
+  // Both forms of one row of K or V: `rows` points at its first element.
+  void (*pack)(DType type, const char* rows, int64_t row_bytes, int64_t length, int64_t head_dim, float* dots,
+               float* by_row);
+  // First pass of ortho and ortho_v2 over one item: h, `sums`, `dshare`.
+  void (*gather)(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  // The gradients of one item: dq, and its shares of all others.
+  void (*scatter)(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  // [length][padded] float32 to [length][head_dim] elements.
+  void (*store)(DType type, const float* rows, int64_t length, int64_t head_dim, void* out);
+};
+
+}  // namespace cpu
+}  // namespace idcore

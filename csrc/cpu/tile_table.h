@@ -1,0 +1,20 @@
+// The unit's table: the last header that an ISA unit includes.
+#pragma once
+
+#include "cpu/tile_finish.h"
+#include "cpu/tile_scatter.h"
+
+namespace idcore {
+namespace cpu {
+namespace {
+
+constexpr BackwardKernels kBackward = backward_table();
+
+constexpr Kernels table(const char* name, bool has_pairs) {
+  return Kernels{name,   kLanes,     has_pairs, packed_k_words, packed_v_words, row_floats, pack_k,
+                 pack_v, identities, attend,    finish,         multiply_adds,  &kBackward};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace idcore
