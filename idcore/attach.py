@@ -145,7 +145,8 @@ class Handle:
         """Set where each identity acts, or None: everywhere.
 
         Args:
-            id_mask: For one identity a mask, for several a list with a mask or None each; also the result of
+            id_mask: A layout in words or numbers ("left, right", "1 1 / 1"; see `attention.regions`); or for one
+                identity a mask, for several a list with a mask or None each; also the result of
                 diffusers' `IPAdapterMaskProcessor.preprocess`. A mask is a PIL image, an array or a tensor [H, W]
                 (or [images, H, W]), bool, uint8 or 0..1; it is stretched over the whole picture and averaged
                 over each image token's cell.

@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .regions import layout_masks
 
 
 def read_masks(masks: Any, count: int) -> tuple[Tensor | None, ...]:
     """One float32 mask [1 or n, H, W] per identity, or None (everywhere).
 
     Args:
-        masks: None; for one identity a mask; a sequence with one mask or None per identity; a tensor
-            [count, H, W]; or diffusers' `IPAdapterMaskProcessor.preprocess` result [count, 1, H, W], also as
-            its list form [[1, count, H, W]]. A mask is a PIL image, array or tensor [H, W] (one for all
-            images) or [n, H, W] (one per image of the batch, without the guidance halves); bool, uint8 0..255 or
-            float 0..1. Whatever its size, it is stretched over the whole picture.
+        masks: None; a layout such as "left, right" or "1 1 / 1" (see `attention.regions`); for one identity a mask; a
+            sequence with one mask or None per identity; a tensor [count, H, W]; or diffusers'
+            `IPAdapterMaskProcessor.preprocess` result [count, 1, H, W], also as its list form [[1, count, H, W]]. A
+            mask is a PIL image, array or tensor [H, W] (one for all images) or [n, H, W] (one per image of the batch,
+            without the guidance halves); bool, uint8 0..255 or float 0..1. Whatever its size, it is stretched over
+            the whole picture.
         count: number of identities.
 
     Raises:
@@ -28,6 +30,8 @@ def read_masks(masks: Any, count: int) -> tuple[Tensor | None, ...]:
     """
     if masks is None:
         return (None,) * count
+    if isinstance(masks, str):
+        masks = layout_masks(masks)
     if isinstance(masks, (list, tuple)):
         items = list(masks)
         if len(items) == 1 and count > 1:
