@@ -57,14 +57,14 @@ def _compiler_missing() -> bool:
     return not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc"))
 
 
-def why_not(call: Call) -> list[str]:
-    """Reasons against running the call here."""
+def unusable(device: str) -> list[str]:
+    """Reasons against running any call on this device type."""
     reasons = list(_installation())
-    if call.device == "cpu" and not interpreted():
+    if device == "cpu" and not interpreted():
         reasons.append("tensors are on the CPU (needs a CUDA device; TRITON_INTERPRET=1 runs it slowly, for tests)")
-    elif call.device not in ("cpu", "cuda"):
-        reasons.append(f"device={call.device} (needs cuda)")
-    if call.device == "cuda":
+    elif device not in ("cpu", "cuda"):
+        reasons.append(f"device={device} (needs cuda)")
+    if device == "cuda":
         if torch.version.hip:
             reasons.append("PyTorch is a ROCm build (the kernels are compiled for NVIDIA GPUs only)")
         elif not torch.cuda.is_available():
@@ -73,6 +73,12 @@ def why_not(call: Call) -> list[str]:
             reasons.append("the GPU is older than sm_80")
         if _compiler_missing():
             reasons.append("no C compiler for Triton's launcher (install gcc or clang, or set CC)")
+    return reasons
+
+
+def why_not(call: Call) -> list[str]:
+    """Reasons against running the call here."""
+    reasons = unusable(call.device)
     dtype = str(call.dtype).removeprefix("torch.")
     if call.dtype not in MAX_HEAD_DIM:
         reasons.append(f"dtype={dtype} (needs float32, bfloat16 or float16)")

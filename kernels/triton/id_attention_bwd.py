@@ -287,16 +287,17 @@ def fold_kernel(PART, OUT, STAGE, sstage, size, chunks, batch, DIV, ROWS, BLOCK:
     adding.
     """
     row = tl.program_id(1)
-    stage, first = row // ROWS, row % ROWS * DIV
+    stage, first = row // ROWS, (row % ROWS).to(tl.int64) * DIV
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < size
     total = tl.zeros([BLOCK], tl.float32)
-    for b in range(first, first + DIV):
+    for i in range(0, DIV):
+        b = first + i
         keep = inside
         if STAGE is not None:
             picked = tl.minimum(tl.maximum(tl.load(STAGE + b * sstage[0]), 0), sstage[1] - 1)
             keep = cols < tl.where(picked == stage, size, 0)
         for c in range(0, chunks):
-            at = (c * batch + b).to(tl.int64) * size
+            at = (b + c * batch) * size
             total += tl.load(PART + at + cols, mask=keep, other=0.0)
     tl.store(OUT + row.to(tl.int64) * size + cols, total.to(OUT.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import conftest  # noqa: E402, F401  (finds idcore.kernels)
 import torch  # noqa: E402
-from idcore.kernels import ahead, launch, launch_bwd, launch_semantic, launch_token_loss  # noqa: E402
+from idcore.kernels import ahead, launch, launch_bwd, launch_semantic, launch_token_loss, launch_tokens  # noqa: E402
 
 from idcore.backends.checks import normalize  # noqa: E402
 
@@ -43,7 +43,16 @@ def semantic(a) -> None:
     launch_semantic.backward(a.q, a.k_text, out, out, lse)
 
 
-OTHER_OPS = {"token_loss": token_loss, "semantic": semantic}
+def stage_tokens(a) -> None:
+    """Forward and backward of `stage_tokens` with float32 tokens, of all stages and of one."""
+    words = torch.empty(2, 77, 12 * a.q.shape[3], dtype=a.q.dtype)
+    tokens, positions = torch.empty(10, 1, 2, words.shape[2]), torch.empty(2, 2, dtype=torch.int32)
+    for stage in (None, torch.empty(2, dtype=torch.int32)):
+        out = launch_tokens.forward(words, tokens, positions, stage)
+        launch_tokens.backward(out, tokens, positions, stage)
+
+
+OTHER_OPS = {"stage_tokens": stage_tokens, "token_loss": token_loss, "semantic": semantic}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR = {80: "HMMA.16816", 90: ("HGMMA", "HMMA.16816"), 100: ("UTCHMMA", "HMMA.16816")}
 
 
-NO_PRODUCT = {"merge_kernel", "fold_kernel"}
+NO_PRODUCT = {"merge_kernel", "fold_kernel", "tokens_kernel", "tokens_grad_kernel", "embeddings_grad_kernel"}
 
 
 def build_ahead(*jobs: str) -> list[dict]:
@@ -45,11 +45,12 @@ def check(kernels: list[dict], spills: int = 0) -> None:
 
 def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
     kernels = build_ahead("float16,64,ortho_v2,80", "bfloat16,64,ortho_v2,90", "float16,64,ortho_v2,100",
-                          "float16,64,add,90,forward", "float16,64,token_loss,90",
+                          "float16,64,add,90,forward", "float16,64,token_loss,90", "float16,64,stage_tokens,90",
                           "float16,64,semantic,90")  # fmt: skip
     names = {k["name"] for k in kernels}
     assert names == {"forward_kernel", "merge_kernel", "coupling_kernel", "rows_kernel", "keys_kernel",
-                     "fold_kernel", "loss_kernel", "loss_rows_kernel", "loss_keys_kernel",
+                     "fold_kernel", "tokens_kernel", "tokens_grad_kernel",
+                     "embeddings_grad_kernel", "loss_kernel", "loss_rows_kernel", "loss_keys_kernel",
                      "gather_kernel", "image_kernel", "text_kernel"}  # fmt: skip
     check(kernels)
 

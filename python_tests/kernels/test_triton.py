@@ -18,6 +18,7 @@ from idcore.ops import dispatch
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 CHECKS = ("interpreted_checks.py", "interpreted_shapes.py", "interpreted_ops.py")
+TOKENS = "../ops/test_stage_tokens.py"  # its tests run with every backend that can
 
 
 def run_checks(file: str, *selection: str, timeout: int) -> str:
@@ -31,6 +32,10 @@ def run_checks(file: str, *selection: str, timeout: int) -> str:
 @pytest.mark.parametrize("file", CHECKS)
 def test_interpreted_kernels_agree_with_float64(file):
     assert " passed" in run_checks(file, "-m", "not nightly", timeout=1800)
+
+
+def test_stage_tokens_interpreted():
+    assert " passed" in run_checks(TOKENS, "-k", "triton", timeout=1800)
 
 
 @pytest.mark.nightly
