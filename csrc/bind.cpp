@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/align_face_tiles.h"
 #include "cpu/dispatch.h"
 #include "cpu/id_attention_bwd.h"
 #include "cpu/id_attention_fwd.h"
@@ -43,8 +44,8 @@ T* pointer_at(const py::tuple& t, size_t i) {
 
 void want_size(const py::tuple& t, size_t size, const char* name) {
   if (t.size() != size) {
-    throw py::value_error(std::string("id_attention: ") + name + " must be a tuple of " +
-                          std::to_string(size) + ", got " + std::to_string(t.size()));
+    throw py::value_error(std::string(name) + " must be a tuple of " + std::to_string(size) + ", got " +
+                          std::to_string(t.size()));
   }
 }
 
@@ -182,6 +183,52 @@ void id_attention_cpu_bwd(const py::tuple& numbers, const py::tuple& q, const py
   idcore::cpu::id_attention_bwd(p, known, to, kernels);
 }
 
+// numbers: (faces, H, W, filter, dtype, rounded, bgr, address of picture_of or 0, address of matrices);
+// pictures: (address, height, width, strides of y, x, channel) each; out: (address, strides of face, channel,
+// y, x); colours: fill, mean, std, each red, green, blue
+idcore::AlignFaceParams chip_params(const py::tuple& numbers, const py::tuple& pictures, const py::tuple& out,
+                                    const py::tuple& colours) {
+  want_size(numbers, 9, "align_face: numbers");
+  want_size(out, 5, "align_face: out");
+  want_size(colours, 9, "align_face: colours");
+  idcore::AlignFaceParams p{};
+  p.faces = int_at(numbers, 0), p.height = int_at(numbers, 1), p.width = int_at(numbers, 2);
+  p.filter = static_cast<idcore::ChipFilter>(int_at(numbers, 3));
+  p.type = static_cast<idcore::ChipType>(int_at(numbers, 4));
+  p.rounded = static_cast<int32_t>(int_at(numbers, 5)), p.bgr = static_cast<int32_t>(int_at(numbers, 6));
+  p.picture_of = pointer_at<const int32_t>(numbers, 7);
+  p.matrix = pointer_at<const double>(numbers, 8);
+  if (pictures.empty() || pictures.size() > idcore::kMaxPictures)
+    throw py::value_error("align_face: 1 to 16 pictures");
+  p.num_pictures = static_cast<int32_t>(pictures.size());
+  for (int32_t i = 0; i < p.num_pictures; ++i) {
+    const auto t = py::reinterpret_borrow<py::tuple>(pictures[i]);
+    want_size(t, 6, "align_face: a picture");
+    p.picture[i] = idcore::Picture{pointer_at<const uint8_t>(t, 0),
+                                   int_at(t, 1),
+                                   int_at(t, 2),
+                                   int_at(t, 3),
+                                   int_at(t, 4),
+                                   int_at(t, 5)};
+  }
+  p.out = pointer_at<void>(out, 0);
+  p.stride_face = int_at(out, 1), p.stride_channel = int_at(out, 2);
+  p.stride_y = int_at(out, 3), p.stride_x = int_at(out, 4);
+  for (int c = 0; c < 3; ++c) {
+    p.fill[c] = colours[c].cast<float>(), p.mean[c] = colours[3 + c].cast<float>();
+    p.std[c] = colours[6 + c].cast<float>();
+  }
+  return p;
+}
+
+void align_face_cpu(const py::tuple& numbers, const py::tuple& pictures, const py::tuple& out,
+                    const py::tuple& colours) {
+  const idcore::AlignFaceParams p = chip_params(numbers, pictures, out, colours);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::align_face(p, kernels);
+}
+
 #if defined(IDCORE_WITH_CUDA)
 using Tuples = const py::tuple&;
 
@@ -298,6 +345,7 @@ PYBIND11_MODULE(_C, m) {
         "As id_attention_cpu; also the row statistics for backward, six addresses.");
   m.def("id_attention_cpu_bwd", &id_attention_cpu_bwd,
         "Gradients of id_attention on the CPU from its statistics; see csrc/bind.cpp for the tuples.");
+  m.def("align_face_cpu", &align_face_cpu, "Face chips on the CPU; see csrc/bind.cpp for the tuples.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

@@ -55,6 +55,7 @@ struct Plan {
 };
 
 struct BackwardKernels;  // of cpu/kernels_bwd.h
+struct ChipTile;         // cpu/align_face_tiles.h
 
 struct Kernels {
   const char* name;
@@ -79,6 +80,8 @@ struct Kernels {
   // the floating-point operations done.
   double (*multiply_adds)(int64_t rounds, bool pairs);
   const BackwardKernels* backward;
+  // One tile of `align_face`.
+  void (*chip_tile)(const ChipTile& tile);
 };
 
 const Kernels* kernels_base();

@@ -6,6 +6,7 @@ eye, nose tip, left mouth corner, right mouth corner (left as seen in the pictur
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -108,32 +109,11 @@ def warp(
     Bicubic, and averaged first where the image is much larger than the chip, so that nothing aliases. What
     lies outside of the image gets the colour ``fill``.
     """
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    matrix = np.asarray(matrix, np.float64)
-    scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
-    if not np.isfinite(scale) or scale <= 0:
-        raise InputError(f"The alignment has no usable scale ({scale}); the landmarks are degenerate.")
-    # Averaging k x k pixels and sampling 2 points per chip pixel keeps both steps within what they resolve.
-    oversample = 2 if scale < 1 else 1
-    shrink = max(1, int(1 / (scale * oversample)))
-    # PIL counts from the corner of the first pixel, the points here from its centre: half a pixel apart.
-    to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    chip_to_image = np.linalg.inv(to_corner @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(to_corner))
-    chip_to_image = chip_to_image @ np.diag([1 / oversample, 1 / oversample, 1])
-    if shrink > 1:
-        # reduce() gives the last row and column the average of what is there, so the corner stays in place.
-        picture = picture.reduce(shrink)
-        chip_to_image = np.diag([1 / shrink, 1 / shrink, 1]) @ chip_to_image
-    side = size * oversample
-    chip = picture.transform(
-        (side, side), Image.Transform.AFFINE, tuple(chip_to_image[:2].ravel()), Image.Resampling.BICUBIC,
-        fillcolor=fill,
-    )  # fmt: skip
-    return np.asarray(chip if oversample == 1 else chip.reduce(oversample))
+    return _cut(image, matrix, size, fill, "bicubic")
 
 
 def warp_bilinear(
-    image: np.ndarray, matrix: np.ndarray, size: int, fill: tuple[int, int, int] = (0, 0, 0)
+    image: np.ndarray | Image.Image, matrix: np.ndarray, size: int, fill: tuple[int, int, int] = (0, 0, 0)
 ) -> np.ndarray:
     """Chip [size,size,3] uint8, bilinear without averaging, ``fill`` outside and blended in at the edge.
 
@@ -141,26 +121,64 @@ def warp_bilinear(
     alias, would be another input to them.
 
     Args:
-        image: [H,W,3] uint8.
+        image: [H,W,3] uint8, or a picture.
         matrix: [2,3], image pixels to chip pixels, (0, 0) in the centre of the first pixel.
         size: Side of the chip in pixels.
         fill: Colour outside of the image, 0..255.
     """
-    h, w, _ = image.shape
-    back = invert(matrix)
-    xs, ys = np.meshgrid(np.arange(size, dtype=np.float64), np.arange(size, dtype=np.float64))
-    x = back[0, 0] * xs + back[0, 1] * ys + back[0, 2]
-    y = back[1, 0] * xs + back[1, 1] * ys + back[1, 2]
-    x, y = np.clip(x, -1, w), np.clip(y, -1, h)  # one pixel of border is all that blends
-    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
-    # two pixels of border on the far side: where x lies exactly on w, its neighbour w + 1 is read with weight 0
-    pad = np.empty((h + 3, w + 3, 3), np.float64)
-    pad[:] = fill
-    pad[1 : h + 1, 1 : w + 1] = image
-    top = pad[y0 + 1, x0 + 1] * (1 - fx) + pad[y0 + 1, x0 + 2] * fx
-    bottom = pad[y0 + 2, x0 + 1] * (1 - fx) + pad[y0 + 2, x0 + 2] * fx
-    return np.rint(top * (1 - fy) + bottom * fy).clip(0, 255).astype(np.uint8)
+    return _cut(image, matrix, size, fill, "bilinear")
+
+
+def _cut(
+    image: np.ndarray | Image.Image, matrix: np.ndarray, size: int, fill: tuple[int, int, int], resample: str
+) -> np.ndarray:
+    """One chip by `idcore.ops.align_face`."""
+    from idcore.ops import align_face
+
+    matrix = np.asarray(matrix, np.float64)
+    if isinstance(image, Image.Image):
+        image, matrix = _around(image, matrix, size)
+    return align_face(image, matrix, size, resample=resample, fill=fill, layout="nhwc")[0].numpy()
+
+
+def _around(image: Image.Image, matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a picture that a chip is made of, and the matrix for it: the same chip, fewer pixels unpacked."""
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    if not np.isfinite(matrix).all() or scale <= 0 or abs(np.linalg.det(matrix[:, :2])) < 1e-100:
+        return np.asarray(image), matrix  # the op says what is wrong
+    # In blocks that `align_face` averages over, so that the crop begins with a whole one; it reads two more around.
+    block = max(1, int(min(0.5 / scale, max(image.size))))
+    corners = transform_points([(-1, -1), (size, -1), (-1, size), (size, size)], invert(matrix))
+    low = np.floor((corners.min(0) - 1) / block - 3).clip(0, 1e9) * block
+    high = np.minimum(np.ceil((corners.max(0) + 1) / block + 4).clip(0, 1e9) * block, image.size)
+    if (low >= high).any():
+        return np.asarray(image), matrix  # the chip lies outside of the picture
+    (x0, y0), (x1, y1) = low.astype(int).tolist(), high.astype(int).tolist()
+    matrix = np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ (x0, y0)])
+    return _unpacked(image, x0, y0, x1, y1), matrix
+
+
+_memory = threading.local()
+_KEPT = 1 << 25  # bytes that a thread keeps from face to face: fresh pages cost more than the copy (our choice)
+_BAND = 1 << 18  # bytes that PIL hands out at once
+
+
+def _unpacked(image: Image.Image, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    """Pixels [y1-y0,x1-x0,3] of a part of an RGB picture, a view that is valid until this thread's next call."""
+    height, width = y1 - y0, x1 - x0
+    pixels = getattr(_memory, "pixels", None)
+    if pixels is None or pixels.size < height * width * 4:
+        pixels = np.empty(height * width * 4, np.uint8)
+        _memory.pixels = pixels if pixels.size <= _KEPT else None
+    # PIL keeps four bytes a pixel and hands them out as they are faster than it packs three.
+    part = pixels[: height * width * 4].reshape(height, width, 4)
+    rows = max(1, _BAND // (width * 4))
+    for y in range(0, height, rows):
+        band = image.crop((x0, y0 + y, x1, min(y0 + y + rows, y1))).tobytes("raw", "RGBX")
+        part[y : y + rows].reshape(-1)[:] = np.frombuffer(band, np.uint8)
+    return part[..., :3]
 
 
 def align(
@@ -179,7 +197,7 @@ def align(
     wanted = template(name, size, padding)
     matrix = similarity_transform(points, wanted)
     side = TEMPLATES[name] if size is None else size
-    return warp_bilinear(np.asarray(image), matrix, side, fill) if plain else warp(image, matrix, side, fill)
+    return (warp_bilinear if plain else warp)(image, matrix, side, fill)
 
 
 def warp_batch(images: Tensor, matrices: Tensor, size: int) -> Tensor:

@@ -196,7 +196,7 @@ class PuLIDPreprocess:
     def align(self, image: Image.Image, points: np.ndarray) -> np.ndarray:
         """The FFHQ-aligned chip [512, 512, 3] uint8 of the face with five ``points`` [5,2] in ``image``."""
         estimate = lmeds_transform if self.estimator == "lmeds" else similarity_transform
-        return warp_bilinear(np.asarray(image), estimate(points, template("ffhq")), CHIP, CHIP_FILL)
+        return warp_bilinear(image, estimate(points, template("ffhq")), CHIP, CHIP_FILL)
 
     def _choose(self, image: Image.Image, name: str) -> Face | None:
         faces = self.analyzer.detect(image)
