@@ -26,9 +26,16 @@ Faces = Annotated[
 Choose = Annotated[
     str, typer.Option(help='Which face of a photo: "largest", "center", "only" (refuse several), or a number from 0.')
 ]
-System = Annotated[str, typer.Option(help='"tiny" (embedded) or "pulid" (needs --weights).')]
-Weights = Annotated[Path | None, typer.Option(help="PuLID weights: a safetensors file in any published layout.")]
-Vision = Annotated[Path | None, typer.Option(help="PuLID: EVA02-CLIP-L-336 weights for encoding photos.")]
+System = Annotated[
+    str, typer.Option(help='"tiny" (embedded); "pulid", "faceid", "instantid" or "auto" (need --weights).')
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights of PuLID, FaceID or InstantID: safetensors in any published layout.")
+]
+Vision = Annotated[
+    Path | None,
+    typer.Option(help="For photos. PuLID: EVA02-CLIP-L-336 weights; FaceID Plus: a folder with CLIP ViT-H/14."),
+]
 Parsing = Annotated[Path | None, typer.Option(help="PuLID: BiSeNet face parsing weights; without them it warns.")]
 
 
@@ -73,7 +80,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     id: Annotated[Path | None, typer.Option("--id", help="A photo, or an identity made by `idcore encode`.")] = None,
     base: Annotated[
-        str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL pipeline of diffusers.')
+        str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL or SD 1.5 pipeline.')
     ] = "tiny",
     negative: Annotated[str, typer.Option(help="Negative prompt (SDXL).")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
@@ -83,7 +90,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance (SDXL); 1 leaves it out.")] = 1.2,
     width: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 768,
     height: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 1024,
-    system: Annotated[str, typer.Option(help='"auto": what the identity was made with.')] = "auto",
+    system: Annotated[str, typer.Option(help='"auto": what --weights holds; or its name.')] = "auto",
     weights: Weights = None,
     vision: Vision = None,
     parsing: Parsing = None,
@@ -105,7 +112,7 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="PuLID weights, EVA-CLIP's .pt or BiSeNet's .pth.")],
+    source: Annotated[Path, typer.Argument(help="Weights of PuLID, FaceID, InstantID, EVA-CLIP or BiSeNet.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     layout: Annotated[
         str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')

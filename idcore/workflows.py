@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -65,8 +66,8 @@ def encode_photos(
 
     Args:
         photos: one or several files (JPEG, PNG, WEBP).
-        system: "tiny" or "pulid".
-        weights, vision, parsing: PuLID's files: adapter, EVA02-CLIP tower, face parsing (optional; warns without).
+        system: "tiny", or "pulid", "faceid", "instantid", "auto" (what `weights` holds).
+        weights, vision, parsing: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
     """
@@ -77,36 +78,20 @@ def encode_photos(
 
         analyzer = None if faces == "embedded" else _analyzer(faces)
         return TinyPipeline.from_package().encode(list(photos), analyzer, face_choice(choose))
-    if system == "pulid":
-        return _pulid(weights, vision, parsing, faces, choose).encode(list(photos))
-    raise InputError(f'encode: system must be "tiny" or "pulid", got {system!r}')
+    from .systems.loading import SYSTEMS, load_system
+
+    if system not in ("auto", *SYSTEMS):
+        raise InputError(f'encode: system must be "tiny", "auto", {", ".join(SYSTEMS)}, got {system!r}')
+    loaded = load_system(
+        weights, system=system, vision=vision, parsing=parsing, faces=faces, policy=face_choice(choose)
+    )
+    return loaded.encode(list(photos))
 
 
 def _analyzer(faces: str):
     from .encoders.analyzer import analyzer_from
 
     return analyzer_from(faces)
-
-
-def _pulid(weights, vision, parsing, faces: str, choose: str, preset: str | None = None, for_photos: bool = True):
-    from .systems.pulid import PuLID
-
-    if weights is None:
-        raise WeightsError(
-            "PuLID needs its adapter weights: pass --weights FILE (safetensors). `idcore fetch pulid-v1 --convert` "
-            "downloads them and makes safetensors, `idcore doctor pulid-v1` says what is here"
-        )
-    preprocess = None
-    if for_photos:
-        from .encoders.pulid_preprocess import PuLIDPreprocess
-
-        if vision is None:
-            raise WeightsError(
-                "PuLID encodes photos with EVA02-CLIP-L-336: pass --vision FILE, or give an identity that was "
-                "encoded before (--id me.safetensors)"
-            )
-        preprocess = PuLIDPreprocess.from_weights(_analyzer(faces), vision, parsing, policy=face_choice(choose))
-    return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
 
 
 def _is_identity(path: Path) -> bool:
@@ -186,20 +171,22 @@ def similarity_report(photo: Path, pictures: Sequence[Image.Image], *, choose: s
 
 def _load_pipeline(folder: str):
     import torch
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     path = Path(folder)
     if not (path / "model_index.json").is_file():
         raise WeightsError(
-            f'generate: base must be "tiny" or a folder with an SDXL pipeline in diffusers\' layout; {path} has no '
-            "model_index.json"
+            f'generate: base must be "tiny" or a folder with an SDXL or SD 1.5 pipeline in diffusers\' layout; {path} '
+            "has no model_index.json"
         )
+    sd15 = '"StableDiffusionPipeline"' in (path / "model_index.json").read_text()
+    cls = StableDiffusionPipeline if sd15 else StableDiffusionXLPipeline
     cuda = torch.cuda.is_available()
     dtype = torch.float16 if cuda else torch.float32
     try:
-        pipe = StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True, torch_dtype=dtype)
+        pipe = cls.from_pretrained(path, local_files_only=True, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as e:
-        raise WeightsError(f"generate: {path} does not load as an SDXL pipeline: {e}") from e
+        raise WeightsError(f"generate: {path} does not load as a {cls.__name__}: {e}") from e
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if cuda else "cpu")
 
@@ -210,20 +197,25 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
     from .attach import attach
     from .identity import Identity
     from .sampling.sdxl import few_step_scheduler
+    from .systems.loading import SYSTEMS, load_system
 
-    if r.system not in ("auto", "pulid"):
-        raise InputError(f'generate: an SDXL base works with system "pulid", got {r.system!r}')
+    if r.system not in ("auto", *SYSTEMS):
+        raise InputError(f"generate: a base folder works with system {', '.join(SYSTEMS)}, got {r.system!r}")
     pipe = _load_pipeline(r.base)
     if r.steps <= 8:
         pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
-    handle = None
-    if r.id is not None:
-        saved = _is_identity(r.id)
-        pulid = _pulid(r.weights, r.vision, r.parsing, r.faces, r.choose, r.preset, for_photos=not saved)
-        identity = Identity.load(r.id) if saved else pulid.encode([r.id])
-        handle = attach(pipe, pulid, identity, id_scale=r.id_scale)
     pictures = []
-    try:
+    with contextlib.ExitStack() as on:
+        if r.id is not None:
+            saved = _is_identity(r.id)
+            system = load_system(
+                r.weights, system=r.system, vision=r.vision, parsing=r.parsing, faces=r.faces,
+                policy=face_choice(r.choose), preset=r.preset, for_photos=not saved,
+            )  # fmt: skip
+            identity = Identity.load(r.id) if saved else system.encode([r.id])
+            if getattr(system, "lora_tensors", None):
+                on.enter_context(system.lora(pipe))
+            on.enter_context(attach(pipe, system, identity, id_scale=r.id_scale))
         with _bar(r.count) as bar:
             for i in range(r.count):  # one at a time: the same seed gives the same picture whatever the count
                 generator = torch.Generator("cpu").manual_seed(r.seed + i)
@@ -233,9 +225,6 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
                 )  # fmt: skip
                 pictures += done.images
                 bar.update(1)
-    finally:
-        if handle is not None:
-            handle.detach()
     return pictures, {}
 
 

@@ -106,7 +106,10 @@ def test_presets_differ(sdxl, tmp_path):
         (("generate", "--prompt", "x", "--out", "/proc/none"), "cannot write into /proc/none"),
         (("encode", "{tmp}/none.png", "--out", "{tmp}/a.safetensors"), "none.png"),
         (("encode", "{photo}", "--system", "pulid", "--out", "{tmp}/a.safetensors"), "needs its adapter weights"),
-        (("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"), 'system must be "tiny" or "pulid"'),
+        (
+            ("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"),
+            'system must be "tiny", "auto", pulid, faceid',
+        ),
         (("convert", "{tmp}/none.bin", "--out", "{tmp}/a.safetensors"), "none.bin"),
         (("encode", "{grey}", "--out", "{tmp}/a.safetensors"), "No face was found"),
         (("demo", "--photo", "{grey}", "--out", "{tmp}/d"), "No face was found"),

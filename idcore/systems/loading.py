@@ -1,0 +1,125 @@
+"""The system that a weights file holds, ready to encode photos; what the command line builds systems with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from idcore.errors import InputError, WeightsError
+from idcore.weights import PULID_LAYOUTS, describe
+
+SYSTEMS = ("pulid", "faceid", "instantid")
+_RECIPES = {"pulid": "pulid-v1", "faceid": "faceid-plusv2-sdxl", "instantid": "instantid"}
+
+
+def system_of(weights: Path) -> str:
+    """ "pulid", "faceid" or "instantid", read from the file's header.
+
+    Raises:
+        WeightsError: the file cannot be read, or holds none of them.
+    """
+    info = describe(weights)
+    if info.layout in PULID_LAYOUTS:
+        return "pulid"
+    if info.layout == "ip_adapter" and info.version in ("faceid", "faceid-plus", "resampler"):
+        return "instantid" if info.version == "resampler" else "faceid"
+    what = "a torch pickle: convert it first (idcore convert FILE --out FILE --unpickle)"
+    what = what if info.container == "torch pickle" else f"of layout {info.layout} {info.version}".rstrip()
+    raise WeightsError(f"{weights} holds no identity system; wanted PuLID, FaceID or InstantID, it is {what}")
+
+
+def load_system(
+    weights: Path | None,
+    *,
+    system: str = "auto",
+    vision: Path | None = None,
+    parsing: Path | None = None,
+    faces: str = "embedded",
+    policy: str | int = "largest",
+    preset: str | None = None,
+    for_photos: bool = True,
+) -> Any:
+    """A system with its weights.
+
+    Args:
+        weights: Its safetensors file.
+        system: "auto" (read from the file), or one of `SYSTEMS`.
+        vision: PuLID: EVA02-CLIP weights; FaceID Plus and PlusV2: a folder with a CLIP ViT-H/14 of transformers.
+        parsing: PuLID: face parsing weights.
+        faces: "embedded", or a folder with SCRFD and ArcFace models.
+        policy: Which face of a photo.
+        preset: PuLID: its mode.
+        for_photos: Whether photos will be encoded; otherwise no face models are loaded.
+
+    Raises:
+        WeightsError: no file, or not a file of that system; or the encoder of photos is not given.
+        InputError: an unknown system.
+    """
+    if system not in ("auto", *SYSTEMS):
+        raise InputError(f'system must be "auto", {", ".join(SYSTEMS)}, got {system!r}')
+    if weights is None:
+        name = "pulid" if system == "auto" else system
+        recipe = _RECIPES[name]
+        raise WeightsError(
+            f"{name} needs its adapter weights: pass --weights FILE (safetensors). `idcore fetch {recipe} --convert` "
+            f"downloads them and makes safetensors, `idcore doctor {recipe}` says what is here"
+        )
+    found = system_of(weights)
+    if system not in ("auto", found):
+        raise WeightsError(f"wanted weights of {system}, {weights} holds {found}")
+    if found == "pulid":
+        return _pulid(weights, vision, parsing, faces, policy, preset, for_photos)
+    return _face_adapter(found, weights, vision, faces, policy, for_photos)
+
+
+def _analyzer(faces: str) -> Any:
+    from idcore.encoders.analyzer import analyzer_from
+
+    return analyzer_from(faces)
+
+
+def _pulid(weights: Path, vision: Any, parsing: Any, faces: str, policy: Any, preset: Any, for_photos: bool) -> Any:
+    from idcore.systems.pulid import PuLID
+
+    preprocess = None
+    if for_photos:
+        from idcore.encoders.pulid_preprocess import PuLIDPreprocess
+
+        if vision is None:
+            raise WeightsError(
+                "PuLID encodes photos with EVA02-CLIP-L-336: pass --vision FILE, or give an identity that was "
+                "encoded before (--id me.safetensors)"
+            )
+        preprocess = PuLIDPreprocess.from_weights(_analyzer(faces), vision, parsing, policy=policy)
+    return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
+
+
+def _face_adapter(name: str, weights: Path, vision: Any, faces: str, policy: Any, for_photos: bool) -> Any:
+    from idcore.encoders.face_features import FacePreprocess
+    from idcore.systems.faceid import FaceID
+    from idcore.systems.instantid import InstantID
+
+    loaded = InstantID.from_weights(weights) if name == "instantid" else FaceID.from_weights(weights)
+    if for_photos:
+        c = loaded.config.projector
+        if c.kind == "faceid-plus" and vision is None:
+            raise WeightsError(
+                f"{loaded.name} also reads photos with CLIP ViT-H/14: pass --vision FOLDER (`idcore fetch clip-vit-h`)"
+                ", or give an identity that was encoded before (--id me.safetensors)"
+            )
+        loaded.__dict__["preprocess"] = FacePreprocess(
+            _analyzer(faces), normalise=name == "faceid", policy=policy, id_dim=c.id_dim,
+            tower=_clip(vision) if c.kind == "faceid-plus" else None,
+        )  # fmt: skip
+    return loaded
+
+
+def _clip(folder: Path) -> Any:
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        tower = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise WeightsError(f"{folder} does not load as a CLIP vision model of transformers: {first}") from e
+    return tower.eval().requires_grad_(False)
