@@ -95,7 +95,7 @@ class IDPipeline:
         device: torch.device | str | None = None,
         offload: str | None = None,
         quantize: str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         sampler: str = "lightning",
         runner: str = "eager",
         vae_dtype: str = "auto",
@@ -115,7 +115,8 @@ class IDPipeline:
             device: where to.
             offload: None, "model" or "sequential" (see `loading.place`).
             quantize: None, "int8" or "fp8": the UNet's linear weights, by torchao.
-            compile: `torch.compile` the UNet (whole graph; new scales and identities compile nothing anew).
+            compile: `torch.compile` the UNet (whole graph; new scales and identities compile nothing anew); a string
+                names another backend than inductor.
             config: for one file: see `from_single_file`.
             local_files_only: nothing is downloaded unless this is False.
             **options: for diffusers' `from_pretrained`.
@@ -292,7 +293,7 @@ class IDPipeline:
                 return job.latents
 
 
-def _arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: bool) -> None:
+def _arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: Any) -> None:
     """Weights, 8 bit, device, compile: in the order in which they must come."""
     if unet_weights is not None:
         load_unet_weights(pipe.unet, unet_weights)
@@ -300,7 +301,8 @@ def _arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offloa
         quantize(pipe.unet, kind)
     place(pipe, device, offload)
     if compiled:
-        pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+        backend = compiled if isinstance(compiled, str) else "inductor"
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=backend)
 
 
 def _output(images: Any, return_dict: bool) -> Any:

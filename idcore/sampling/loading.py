@@ -58,6 +58,7 @@ def load_single_file(
         WeightsError: a file is missing or does not load.
     """
     from diffusers import StableDiffusionXLPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     if not Path(checkpoint).is_file():
         raise WeightsError(f"{checkpoint}: no such file; wanted an SDXL checkpoint in one safetensors file")
@@ -66,7 +67,7 @@ def load_single_file(
         return StableDiffusionXLPipeline.from_single_file(
             str(checkpoint), config=str(config), local_files_only=local_files_only, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as e:
+    except (SingleFileComponentError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         raise WeightsError(
             f"{checkpoint} does not load as an SDXL checkpoint with the configuration of {config}: {e}"
         ) from e
@@ -98,7 +99,7 @@ def _from_original(tensors: dict[str, Any], unet: nn.Module, path: Any) -> dict[
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     try:
-        return convert_ldm_unet_checkpoint(dict(tensors), config=dict(unet.config))
+        return convert_ldm_unet_checkpoint({_LDM + k: t for k, t in tensors.items()}, config=dict(unet.config))
     except (KeyError, IndexError, ValueError) as e:
         raise WeightsError(f"{path} holds a UNet in the original layout that is not shaped like this one: {e}") from e
 
