@@ -12,10 +12,6 @@ namespace {
 
 // Below this many multiply-adds waking the other threads costs more than they bring.
 constexpr int64_t kSerialWork = 1 << 18;
-// Rows of one work item of ortho_v2's first step (our choice).
-constexpr int64_t kShareRows = 64;
-static_assert(kChunkRows % kShareRows == 0, "a block must not straddle two items");
-
 int64_t length_of(const IdAttentionParams& p, int branch) {
   return branch == 0 ? p.lt : p.identity[branch - 1].length;
 }
@@ -41,15 +37,14 @@ Source source_of(const IdAttentionParams& p, int branch, bool keys, int64_t b, i
 
 // What a thread owns.
 struct Own {
+  int thread;
   float* scratch;
   Head head;
   const char* packed_k[kMaxBranches];  // where the packed ones came from
   const char* packed_v[kMaxBranches];
-  IdentityKeys keys;
-  int64_t keys_batch;  // the sample that `keys` were packed for, or -1
-  // First passes that wait for their unit's sums, oldest first, and the ring of chunks that they fill.
+  // First passes that wait for their unit's sums, oldest first, and the ring of chunks that the latest fill.
   Run* waiting;
-  int64_t waiting_from, waiting_to, chunks_from, chunks_to;
+  int64_t waiting_from, waiting_to, ring_from, ring_to;
   char* text;
   float* mixed;
 };
@@ -70,8 +65,6 @@ class Call {
     int64_t keys = 0;
     for (int b = 0; b <= n_; ++b) keys += length_of(p_, b);
     plan_.row_floats = k_.row_floats(keys, p_.head_dim);
-    for (int j = 0; j < n_; ++j)
-      plan_.ready_rows += (plan_.pairs ? (length_of(p_, j + 1) + 1) / 2 : length_of(p_, j + 1)) + 1;
     threads_ = threads_for(units_ * p_.lq * p_.head_dim * keys);
   }
 
@@ -82,13 +75,17 @@ class Call {
     if (two_passes_) {
       for (int64_t u = 0; u < units_; ++u) new (left_ + u) std::atomic<int64_t>(plan_.chunks);
     }
-    Claims claims(units_, plan_.chunks, threads_);
+    Claims claims(regions_, threads_, units_, plan_.chunks);
 #pragma omp parallel num_threads(threads_)
     {
       const FlushSubnormals flush;
       Own own = own_of(base, thread_number());
-      if (shares_) share(own);
       attend(own, claims);
+      if (shares_) {
+#pragma omp barrier
+        means();
+      }
+      while (own.waiting_from < own.waiting_to) finish(own, own.waiting[--own.waiting_to]);
     }
   }
 
@@ -103,21 +100,21 @@ class Call {
 #endif
   }
 
-  // Chunks that wait for a thread, in a ring. As many as a unit has: then whoever waits for room waits for an
-  // older unit. With more threads than units all chunks fit, in their own places.
-  int64_t ring() const { return plan_.chunks; }
-  bool all_wait() const { return threads_ > units_; }
-  int64_t waiting_runs() const { return all_wait() ? units_ * plan_.chunks : ring(); }
+  // Chunks of the ring in which a thread keeps what waits for a second pass; small, so that it stays in the
+  // cache. None for ortho_v2: its `a` is a mean over heads, so that nobody may finish before all have
+  // attended.
+  int64_t ring() const { return shares_ ? 0 : plan_.chunks; }
 
   void lay_out(char* base) {
     Pieces pieces(base);
     const int64_t rows = plan_.chunks * kChunkRows;
+    regions_ = pieces.take<Claims::Region>(threads_);
     left_ = pieces.take<std::atomic<int64_t>>(two_passes_ ? units_ : 0);
     sums_ = pieces.take<float>(two_passes_ ? units_ * plan_.chunks * n_ * 2 * plan_.padded_dim : 0);
     alpha_ = pieces.take<float>(two_passes_ ? units_ * n_ * plan_.padded_dim : 0);
-    plan_.share = shares_ ? pieces.take<float>(n_ * p_.batch * rows) : nullptr;
-    plan_.ready = shares_ ? pieces.take<float>(units_ * rows * plan_.ready_rows) : nullptr;
-    if (two_passes_ && all_wait()) take_waiting(pieces, units_ * plan_.chunks, &text_, &mixed_);
+    plan_.share = shares_ ? pieces.take<float>(n_ * units_ * rows) : nullptr;
+    plan_.mean = shares_ ? pieces.take<float>(n_ * p_.batch * rows) : nullptr;
+    if (two_passes_) take_waiting(pieces, units_ * plan_.chunks, &text_, &mixed_);
     shared_bytes_ = (pieces.used() + 4095) / 4096 * 4096;
     Pieces own(nullptr);
     take_own(own);
@@ -127,30 +124,21 @@ class Call {
 
   Own own_of(char* base, int thread) const {
     Pieces pieces(base + shared_bytes_ + own_bytes_ * thread);
-    return take_own(pieces);
+    Own own = take_own(pieces);
+    own.thread = thread;
+    return own;
   }
 
   Own take_own(Pieces& pieces) const {
     Own own{};
-    own.keys_batch = -1;
     own.scratch = pieces.take<float>(plan_.row_floats);
     for (int b = 0; b <= n_; ++b) {
       own.head.k[b] = pieces.take<float>(k_.packed_k_words(length_of(p_, b), p_.head_dim, plan_.pairs));
       own.head.v[b] = pieces.take<float>(k_.packed_v_words(length_of(p_, b), p_.head_dim, plan_.pairs));
     }
-    for (int j = 0; shares_ && j < n_; ++j) {
-      const int64_t words = k_.packed_k_words(length_of(p_, j + 1), p_.head_dim, plan_.pairs);
-      own.keys.stride_head[j] = (words + 15) / 16 * 16;
-      own.keys.data[j] = pieces.take<float>(own.keys.stride_head[j] * p_.heads);
-    }
     if (!two_passes_) return own;
-    own.waiting = pieces.take<Run>(waiting_runs());
-    if (all_wait()) {
-      own.text = text_;
-      own.mixed = mixed_;
-    } else {
-      take_waiting(pieces, ring(), &own.text, &own.mixed);
-    }
+    own.waiting = pieces.take<Run>(units_ * plan_.chunks);
+    take_waiting(pieces, ring(), &own.text, &own.mixed);
     return own;
   }
 
@@ -162,36 +150,13 @@ class Call {
   // Bytes of h of one chunk.
   int64_t wait_size() const { return kChunkRows * plan_.padded_dim * wait_bytes_; }
 
-  // Step 0 of ortho_v2: the identities' probabilities of all rows, and `a`.
-  void share(Own& own) {
-    const int64_t pieces = (p_.lq + kShareRows - 1) / kShareRows;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p_.batch * pieces; ++i) {
-      const int64_t b = i / pieces, row = i % pieces * kShareRows;
-      if (own.keys_batch != b) pack_identity_keys(own, b);
-      k_.identities(plan_, own.keys, b, row, std::min(row + kShareRows, p_.lq), own.scratch);
-    }
-  }
-
-  void pack_identity_keys(Own& own, int64_t b) {
-    own.keys_batch = b;
-    for (int j = 0; j < n_; ++j) {
-      for (int64_t h = 0; h < p_.heads; ++h) {
-        const Source k = source_of(p_, j + 1, true, b, h);
-        k_.pack_k(plan_, k.rows, k.row_bytes, length_of(p_, j + 1),
-                  own.keys.data[j] + h * own.keys.stride_head[j]);
-      }
-    }
-  }
-
   void pack(Own& own, int64_t unit) {
     own.head.batch = unit % p_.batch;
     own.head.head = unit / p_.batch;
     for (int b = 0; b <= n_; ++b) {
       const Source k = source_of(p_, b, true, own.head.batch, own.head.head);
       const Source v = source_of(p_, b, false, own.head.batch, own.head.head);
-      if (k.rows != own.packed_k[b] && (b == 0 || !shares_))
-        k_.pack_k(plan_, k.rows, k.row_bytes, length_of(p_, b), own.head.k[b]);
+      if (k.rows != own.packed_k[b]) k_.pack_k(plan_, k.rows, k.row_bytes, length_of(p_, b), own.head.k[b]);
       if (v.rows != own.packed_v[b]) k_.pack_v(plan_, v.rows, v.row_bytes, length_of(p_, b), own.head.v[b]);
       own.packed_k[b] = k.rows;
       own.packed_v[b] = v.rows;
@@ -200,49 +165,65 @@ class Call {
 
   void attend(Own& own, Claims& claims) {
     Run run;
-    while (claims.take(&run)) {
+    while (claims.take(own.thread, &run)) {
       pack(own, run.unit);
-      if (!two_passes_) {
-        for (int64_t c = 0; c < run.count; ++c)
-          k_.attend(plan_, own.head, run.first + c, Waiting{}, own.scratch);
-        continue;
+      if (two_passes_ && own.ring_to + run.count <= own.ring_from + ring()) {
+        run.slot = own.ring_to;
+        own.ring_to += run.count;
       }
-      while (!all_wait() && own.chunks_to + run.count > own.chunks_from + ring()) finish_oldest(own);
       for (int64_t c = 0; c < run.count; ++c)
-        k_.attend(plan_, own.head, run.first + c, waiting(own, run, c, own.chunks_to), own.scratch);
-      own.chunks_to += run.count;
-      own.waiting[own.waiting_to++ % waiting_runs()] = run;
+        k_.attend(plan_, own.head, run.first + c, waiting(own, run, c), own.scratch);
+      if (!two_passes_) continue;
+      own.waiting[own.waiting_to++] = run;
       if (left_[run.unit].fetch_sub(run.count, std::memory_order_acq_rel) == run.count) {
         ratios(run.unit);
         left_[run.unit].store(-1, std::memory_order_release);
       }
-      while (own.waiting_from < own.waiting_to && done(own.waiting[own.waiting_from % waiting_runs()]))
-        finish_oldest(own);
+      while (!shares_ && own.waiting_from < own.waiting_to && done(own.waiting[own.waiting_from]))
+        finish(own, own.waiting[own.waiting_from++]);
     }
-    while (own.waiting_from < own.waiting_to) finish_oldest(own);
   }
 
   bool done(const Run& run) const { return left_[run.unit].load(std::memory_order_acquire) < 0; }
 
-  // Where chunk c of a run waits whose first chunk stands at `from` in the ring.
-  Waiting waiting(const Own& own, const Run& run, int64_t c, int64_t from) const {
+  // Where chunk c of a run waits: in the thread's ring, or where all chunks have a place.
+  Waiting waiting(const Own& own, const Run& run, int64_t c) const {
+    if (!two_passes_) return Waiting{};
     const int64_t item = run.unit * plan_.chunks + run.first + c;
-    const int64_t slot = all_wait() ? item : (from + c) % ring();
-    return Waiting{own.text + slot * wait_size(),
-                   own.mixed == nullptr ? nullptr : own.mixed + slot * wait_size() / 4,
+    const int64_t slot = run.slot < 0 ? item : (run.slot + c) % ring();
+    float* mixed = run.slot < 0 ? mixed_ : own.mixed;
+    return Waiting{(run.slot < 0 ? text_ : own.text) + slot * wait_size(),
+                   mixed == nullptr ? nullptr : mixed + slot * wait_size() / 4,
                    sums_ + item * n_ * 2 * plan_.padded_dim};
   }
 
-  // The second pass over the run that has waited longest; its last chunk first, which is still in the cache.
-  void finish_oldest(Own& own) {
-    const Run run = own.waiting[own.waiting_from % waiting_runs()];
+  // The second pass over a run, once its unit's alpha is there; its last chunk first, which is still in the
+  // cache.
+  void finish(Own& own, const Run& run) {
     wait_until([&] { return done(run); });
     for (int64_t c = run.count; c-- > 0;) {
-      k_.finish(plan_, run.unit % p_.batch, run.unit / p_.batch, run.first + c,
-                waiting(own, run, c, own.chunks_from), alpha_ + run.unit * n_ * plan_.padded_dim);
+      k_.finish(plan_, run.unit % p_.batch, run.unit / p_.batch, run.first + c, waiting(own, run, c),
+                alpha_ + run.unit * n_ * plan_.padded_dim);
     }
-    own.chunks_from += run.count;
-    ++own.waiting_from;
+    if (run.slot >= 0) own.ring_from = run.slot + run.count;
+  }
+
+  // ortho_v2's `a` for the second pass, and for backward.
+  void means() {
+    const int64_t rows = plan_.chunks * kChunkRows;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n_ * p_.batch * plan_.chunks; ++i) {
+      const int64_t jb = i / plan_.chunks, first = i % plan_.chunks * kChunkRows;
+      float sum[kChunkRows] = {};
+      for (int64_t h = 0; h < p_.heads; ++h) {
+        const float* share = plan_.share + (jb * p_.heads + h) * rows + first;
+        for (int64_t r = 0; r < kChunkRows; ++r) sum[r] += share[r];
+      }
+      for (int64_t r = 0; r < kChunkRows; ++r) sum[r] /= static_cast<float>(p_.heads);
+      std::copy(sum, sum + kChunkRows, plan_.mean + jb * rows + first);
+      if (plan_.stats.share != nullptr)
+        std::copy(sum, sum + std::min(kChunkRows, p_.lq - first), plan_.stats.share + jb * p_.lq + first);
+    }
   }
 
   // alpha = sum w h i / sum w h h over a unit's chunks, in their order and in double; 0 where the denominator
@@ -278,7 +259,9 @@ class Call {
   std::atomic<int64_t>* left_ = nullptr;  // chunks that a unit lacks; -1: its alpha is there. [units]
   float* sums_ = nullptr;                 // [units, chunks, n, 2, padded_dim]
   float* alpha_ = nullptr;                // [units, n, padded_dim]
-  char* text_ = nullptr;                  // all_wait(): h and u of all chunks
+  Claims::Region* regions_ = nullptr;
+  char* text_ =
+      nullptr;  // places for all chunks that wait: for ortho_v2, and for what finds no room in a ring
   float* mixed_ = nullptr;
 };
 

@@ -24,12 +24,6 @@ struct Head {
   float* v[kMaxBranches];
 };
 
-// Keys of all identities and all heads, for one sample (ortho_v2).
-struct IdentityKeys {
-  float* data[kMaxIdentities];
-  int64_t stride_head[kMaxIdentities];
-};
-
 // What one chunk of a head leaves behind in the first pass of ortho and ortho_v2: h = text attention, here,
 // and u = h + sum s w i, in the result, both in the dtype of out. For few rows of a 16-bit call both wait
 // here in float32, because there u and alpha h may cancel (one row: exactly) and their rounding would be all
@@ -46,11 +40,10 @@ struct Plan {
   int64_t chunks;      // ceil(Lq / kChunkRows)
   int64_t padded_dim;  // D rounded up to whole vectors
   int64_t row_floats;  // floats per thread for a block of rows: queries and scores
-  // Only for ortho_v2, else null: its `a` is a mean over heads, so the identities' probabilities of all rows
-  // come first and are kept for the values.
-  float* share;            // a. [n, B, chunks * kChunkRows]
-  float* ready;            // [B, chunks, blocks of a chunk, H, ready_rows, rows of a block]
-  int64_t ready_rows;      // per identity its probabilities and one row of 1 / their sums
+  // Only for ortho_v2, else null: what the first num_global tokens get, per head, and `a`, its mean over
+  // heads.
+  float* share;            // [n, B, H, chunks * kChunkRows]
+  float* mean;             // [n, B, chunks * kChunkRows]
   IdAttentionStats stats;  // what backward will want; all null where nothing will
 };
 
@@ -68,10 +61,7 @@ struct Kernels {
   // `rows`: the first key or value of one head.
   void (*pack_k)(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out);
   void (*pack_v)(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out);
-  // `share` and `ready` of rows of all heads; first_row is the first of a block.
-  void (*identities)(const Plan& plan, const IdentityKeys& keys, int64_t batch, int64_t first_row,
-                     int64_t last_row, float* scratch);
-  // Attention of one chunk of rows in one head: for "add" the result, else u and what waits.
+  // Attention of one chunk of rows in one head: for "add" the result, else u, `share` and what waits.
   void (*attend)(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch);
   // The second pass of ortho and ortho_v2: adds what depends on sums over all rows. alpha: [n, padded_dim].
   void (*finish)(const Plan& plan, int64_t batch, int64_t head, int64_t chunk, const Waiting& waiting,

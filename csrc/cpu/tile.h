@@ -10,17 +10,17 @@ namespace {
 constexpr float kLog2e = 1.44269504088896341f;
 
 #if defined(IDC_PAIRS)
-// [key][kRows] floats to [key / 2][kRows] pairs of bf16, times `gain` per row. May be in place.
-IDC_NOINLINE void to_pairs(const float* scores, int64_t length, const float* gain, float* out) {
+// In place: [key][kRows] floats to [key / 2][kRows] pairs of bf16, times `gain` per row.
+IDC_NOINLINE void to_pairs(float* scores, int64_t length, const float* gain) {
   const V g0 = load(gain), g1 = load(gain + kLanes);
-  for (int64_t t = 0; t < length; t += 2, out += kRows) {
+  for (int64_t t = 0; t < length; t += 2) {
     const float* a = scores + t * kRows;
     const bool alone = t + 1 == length;
     const V a0 = mul(g0, load(a)), a1 = mul(g1, load(a + kLanes));
     const V b0 = alone ? zero() : mul(g0, load(a + kRows)),
             b1 = alone ? zero() : mul(g1, load(a + kRows + kLanes));
-    store(out, narrow_pairs(a0, b0));
-    store(out + kLanes, narrow_pairs(a1, b1));
+    store(scores + t / 2 * kRows, narrow_pairs(a0, b0));
+    store(scores + t / 2 * kRows + kLanes, narrow_pairs(a1, b1));
   }
 }
 #endif
@@ -90,25 +90,24 @@ IDC_INLINE void put_norm(float* norm, const SumOfTwo& sum) {
 
 // What turns probabilities into the operand of the value product: nothing, or bf16 pairs.
 template <bool kPairs>
-IDC_INLINE void finish_scores(const float* scores, int64_t length, float* out) {
+IDC_INLINE void finish_scores(float* scores, int64_t length) {
 #if defined(IDC_PAIRS)
   if constexpr (kPairs) {
-    float one[kRows];
+    alignas(64) float one[kRows];
     store(one, all(1.0f));
     store(one + kLanes, all(1.0f));
-    to_pairs(scores, length, one, out);
+    to_pairs(scores, length, one);
   }
 #endif
-  (void)scores, (void)length, (void)out;
+  (void)scores, (void)length;
 }
 
 // The same, times `gain` per row.
 template <bool kPairs>
-IDC_INLINE void finish_scores(float* scores, int64_t length, const float* gain, float* out) {
+IDC_INLINE void finish_scores(float* scores, int64_t length, const float* gain) {
 #if defined(IDC_PAIRS)
-  if constexpr (kPairs) return to_pairs(scores, length, gain, out);
+  if constexpr (kPairs) return to_pairs(scores, length, gain);
 #endif
-  (void)out;
   scale_scores(scores, length, gain);
 }
 
@@ -121,7 +120,7 @@ template <class Dot, bool kPairs>
 IDC_INLINE SumOfTwo text_part(const BlockJob& j, const float* k, Block& block) {
   const IdAttentionParams& p = *j.plan.params;
   const float scale = scale_of_logits(p);
-  float top[kRows];
+  alignas(64) float top[kRows];
   score_branch<Dot>(j.q, k, p.lt, score_steps(j.plan), j.ahead, j.scores, top);
   const SumOfTwo sum = text_softmax(j, j.scores, top, scale);
   put_norm(block.norm[0], sum);
@@ -129,7 +128,7 @@ IDC_INLINE SumOfTwo text_part(const BlockJob& j, const float* k, Block& block) {
     const float units = p.text_bias.data == nullptr ? scale : 1.0f;
     store_lse(j.plan.stats.lse_text + (j.batch * p.heads + j.head) * p.lq + j.row, sum, units, top, j.valid);
   }
-  finish_scores<kPairs>(j.scores, p.lt, j.scores);
+  finish_scores<kPairs>(j.scores, p.lt);
   block.scores[0] = j.scores;
   return sum;
 }
@@ -145,40 +144,38 @@ IDC_INLINE void identity_part(const BlockJob& j, int i, const float* k, float* s
   const float scale = scale_of_logits(p);
   const ShareOptions options{p.head_dim, p.num_zero, p.num_global,
                              stats.lse_unscaled == nullptr ? nullptr : stats.lse_unscaled + at, j.valid};
-  float top[kRows];
+  alignas(64) float top[kRows];
   score_branch<Dot>(j.q, k, length, score_steps(j.plan), j.ahead, scores, top);
   const SumOfTwo sum = identity_softmax(scores, length, scale, top, options, share);
   put_norm(norm, sum);
   if (stats.lse_id != nullptr) store_lse(stats.lse_id + at, sum, scale, top, j.valid);
 }
 
-// The identities' operands of the value product. `ready`: they have been computed before.
+// Where the rows' shares of one head go; null: not wanted.
+IDC_INLINE float* share_at(const BlockJob& j, int i) {
+  const IdAttentionParams& p = *j.plan.params;
+  if (j.plan.share == nullptr) return nullptr;
+  return j.plan.share + ((i * p.batch + j.batch) * p.heads + j.head) * j.plan.chunks * kChunkRows + j.row;
+}
+
+// The identities' operands of the value product.
 template <class Dot, bool kPairs>
-IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOfTwo& text_sum,
-                                const float* ready, Block& block) {
+IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOfTwo& text_sum, Block& block) {
   const IdAttentionParams& p = *j.plan.params;
   float* scores = j.scores + p.lt * kRows;
   for (int b = 1; b < block.branches; ++b) {
     const int64_t length = p.identity[b - 1].length;
     region(p.identity[b - 1], j.batch, j.row, j.valid, block.weight[b - 1], block.amount[b - 1]);
-    if (ready != nullptr) {
-      const float* norm = ready + value_steps(j.plan, length) * kRows;
-      block.scores[b] = ready;
-      store(block.norm[b], load(norm));
-      store(block.norm[b] + kLanes, load(norm + kLanes));
-      ready = norm + kRows;
-      continue;
-    }
-    identity_part<Dot>(j, b - 1, head.k[b], scores, block.norm[b], nullptr);
+    identity_part<Dot>(j, b - 1, head.k[b], scores, block.norm[b], share_at(j, b - 1));
     if (p.merge == Merge::kAdd) {
-      float gain[kRows];
+      alignas(64) float gain[kRows];
       for (int v = 0; v < kRows; v += kLanes) {
         const V s = mul(load(block.amount[b - 1] + v), load(block.norm[b] + v));
         store(gain + v, mul(s, v == 0 ? text_sum.a : text_sum.b));
       }
-      finish_scores<kPairs>(scores, length, gain, scores);
+      finish_scores<kPairs>(scores, length, gain);
     } else {
-      finish_scores<kPairs>(scores, length, scores);
+      finish_scores<kPairs>(scores, length);
     }
     block.scores[b] = scores;
     scores += length * kRows;
@@ -186,18 +183,6 @@ IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOf
 }
 
 int64_t row_floats(int64_t keys, int64_t head_dim) { return (padded(head_dim) + keys) * kRows; }
-
-// Where a block's part of Plan::ready stands; row is the first of a block.
-IDC_INLINE float* ready_at(const Plan& plan, int64_t batch, int64_t row, int64_t head) {
-  const int64_t block = batch * plan.chunks * (kChunkRows / kRows) + row / kRows;
-  return plan.ready + (block * plan.params->heads + head) * plan.ready_rows * kRows;
-}
-
-IDC_INLINE Stream ready_stream(const Plan& plan, int64_t batch, int64_t row, int64_t head) {
-  constexpr int64_t kBytes = kRows * sizeof(float);
-  return Stream{reinterpret_cast<const char*>(ready_at(plan, batch, row, head)), kBytes, kBytes,
-                plan.ready_rows, 0};
-}
 
 IDC_INLINE Stream rows_stream(const IdAttentionParams& p, const HeadTensor& t, int64_t batch, int64_t row,
                               int64_t last_row, int64_t head) {
@@ -207,11 +192,9 @@ IDC_INLINE Stream rows_stream(const IdAttentionParams& p, const HeadTensor& t, i
                 smaller(last_row - row, kRows), 0};
 }
 
-// Groups of keys whose scores an attended block computes.
-IDC_INLINE int64_t score_groups(const Plan& plan, bool text, bool identities) {
-  const IdAttentionParams& p = *plan.params;
-  int64_t groups = text ? ceil_div(p.lt, kMaxKeys) : 0;
-  for (int j = 0; identities && j < p.num_identities; ++j) groups += ceil_div(p.identity[j].length, kMaxKeys);
+IDC_INLINE int64_t groups_of_keys(const IdAttentionParams& p) {
+  int64_t groups = ceil_div(p.lt, kMaxKeys);
+  for (int j = 0; j < p.num_identities; ++j) groups += ceil_div(p.identity[j].length, kMaxKeys);
   return groups;
 }
 
@@ -239,7 +222,7 @@ template <class Dot, bool kPairs>
 void attend_chunk(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch) {
   const IdAttentionParams& p = *plan.params;
   const int64_t first_row = chunk * kChunkRows, last_row = smaller(first_row + kChunkRows, p.lq);
-  const int64_t groups = score_groups(plan, true, plan.ready == nullptr);
+  const int64_t rows_a_step = ceil_div(kRows, groups_of_keys(p));
   char* out = const_cast<char*>(head_start(p.out, element_bytes(p.dtype), head.batch, head.head));
   Block block = block_of(plan, head, waiting);
   if (waiting.sums != nullptr) {
@@ -254,17 +237,13 @@ void attend_chunk(const Plan& plan, const Head& head, int64_t chunk, const Waiti
       block.text = static_cast<char*>(waiting.text) + offset;
       if (waiting.mixed != nullptr) block.mixed = reinterpret_cast<char*>(waiting.mixed) + offset;
     }
-    const int64_t next = row + kRows;
-    Ahead ahead{rows_stream(p, p.q, head.batch, next, p.lq, head.head),
-                rows_stream(p, p.out, head.batch, row, last_row, head.head), Stream{}, 0, 0};
-    if (plan.ready != nullptr && next < p.lq) ahead.ready = ready_stream(plan, head.batch, next, head.head);
-    ahead.spread(groups);
+    Ahead ahead{rows_stream(p, p.q, head.batch, row + kRows, p.lq, head.head),
+                rows_stream(p, p.out, head.batch, row, last_row, head.head), rows_a_step};
     const BlockJob job{
         plan, head.batch, head.head, row, block.rows, scratch, scratch + padded(p.head_dim) * kRows, ahead};
-    const float* ready = plan.ready == nullptr ? nullptr : ready_at(plan, head.batch, row, head.head);
     load_queries(job);
     const SumOfTwo text_sum = text_part<Dot, kPairs>(job, head.k[0], block);
-    identities_part<Dot, kPairs>(job, head, text_sum, ready, block);
+    identities_part<Dot, kPairs>(job, head, text_sum, block);
     if (waiting.text == nullptr) {
       values<AddMerge, Dot>(block);
     } else {

@@ -22,20 +22,13 @@ struct Stream {
 };
 
 struct Ahead {
-  Stream queries;  // of the next block
-  Stream result;   // rows that this block writes
-  Stream ready;    // a block of Plan::ready: the next one to be read, or this one to be written
-  int64_t rows_a_step, ready_a_step;
+  Stream queries;       // of the next block
+  Stream result;        // rows that this block writes
+  int64_t rows_a_step;  // so that all is asked for within the groups of keys of a block
 
-  // How much to ask for at a time, so that all is asked for within `steps` groups of keys.
-  IDC_INLINE void spread(int64_t steps) {
-    rows_a_step = ceil_div(kRows, steps < 1 ? 1 : steps);
-    ready_a_step = ceil_div(ready.rows, steps < 1 ? 1 : steps);
-  }
   IDC_INLINE void step() {
     queries.step<0>(rows_a_step);
     result.step<1>(rows_a_step);
-    ready.step<1>(ready_a_step);
   }
 };
 

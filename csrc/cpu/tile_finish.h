@@ -2,7 +2,7 @@
 // rows.
 #pragma once
 
-#include "cpu/tile_identities.h"
+#include "cpu/tile.h"
 #include "cpu/tile_peak.h"
 
 namespace idcore {
@@ -21,8 +21,9 @@ IDC_INLINE V load_typed(DType dtype, const char* row, int64_t d, int64_t n) {
   return zero();
 }
 
-// Rows to ask for in advance: the result's rows lie a whole [H, D] row apart.
-constexpr int64_t kPrefetchRows = 8;
+// Rows to ask for in advance (tuned), also of the chunk that comes next: the result's rows lie a whole [H, D]
+// row apart.
+constexpr int64_t kPrefetchRows = 16;
 
 // Per row s w (a - 1), or -s w for ortho, of identity j. `factor` has kChunkRows floats.
 IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t chunk, int64_t rows,
@@ -35,7 +36,7 @@ IDC_NOINLINE void row_factors(const Plan& plan, int j, int64_t batch, int64_t ch
     for (int v = 0; v < kRows; v += kLanes) {
       V a = all(-1.0f);
       if (p.merge == Merge::kOrthoV2)
-        a = add(a, load(plan.share + (j * p.batch + batch) * plan.chunks * kChunkRows + first_row + r + v));
+        a = add(a, load(plan.mean + (j * p.batch + batch) * plan.chunks * kChunkRows + first_row + r + v));
       store(factor + r + v, mul(a, load(amount + v)));
     }
   }
@@ -52,11 +53,13 @@ IDC_NOINLINE void finish_rows(const Plan& plan, char* out, const Waiting& waitin
   const int64_t row_bytes = p.out.stride_row * bytes;
   const char* text = static_cast<const char*>(waiting.text);
   const char* mixed = reinterpret_cast<const char*>(waiting.mixed);
-  for (int64_t r = 0; r < rows; ++r, out += row_bytes, text += wait_bytes) {
-    const int64_t ahead = smaller(kPrefetchRows, rows - 1 - r);
+  // The last rows first: they are the most likely to be in the cache still.
+  for (int64_t r = rows; r-- > 0;) {
+    char* to = out + r * row_bytes;
+    const char* from = text + r * wait_bytes;
     for (int64_t at = 0; at < p.head_dim * bytes; at += 64) {
-      __builtin_prefetch(out + ahead * row_bytes + at, 1, 3);
-      __builtin_prefetch(text + ahead * wait_bytes + at, 0, 3);
+      __builtin_prefetch(to - kPrefetchRows * row_bytes + at, 1, 3);
+      __builtin_prefetch(from - kPrefetchRows * wait_bytes + at, 0, 3);
     }
     for (int64_t d = 0; d < width; d += kLanes) {
       V g = mul(all(factor[r]), load(alpha + d));
@@ -65,8 +68,8 @@ IDC_NOINLINE void finish_rows(const Plan& plan, char* out, const Waiting& waitin
       }
       const int64_t n = smaller(p.head_dim - d, kLanes);
       const V u =
-          kInPlace ? load_typed(kType, out, d, n) : load_typed(kWait, mixed + r * wait_bytes, d, kLanes);
-      store_typed(kType, out, d, fma(g, load_typed(kWait, text, d, kLanes), u), n);
+          kInPlace ? load_typed(kType, to, d, n) : load_typed(kWait, mixed + r * wait_bytes, d, kLanes);
+      store_typed(kType, to, d, fma(g, load_typed(kWait, from, d, kLanes), u), n);
     }
   }
 }
