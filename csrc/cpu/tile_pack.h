@@ -43,27 +43,41 @@ IDC_INLINE V load_form(const char* row, int64_t word, int64_t n) {
   }
 }
 
-// kLanes rows x `words` to out[word * ld + row]. Rows from `valid` on repeat the last one. Each store writes
-// a whole vector, so rows of `out` must be filled in increasing order or be kLanes wide.
-template <Form F>
-IDC_NOINLINE void transpose_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words,
-                                 float* out, int64_t ld) {
+// Row i of kLanes; rows from `valid` on repeat the last one.
+template <bool kFull>
+IDC_INLINE int64_t row_or_last(int64_t i, int64_t valid) {
+  return kFull ? i : smaller(i, valid - 1);
+}
+
+template <Form F, bool kFull>
+IDC_NOINLINE void transpose_some_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words,
+                                      float* out, int64_t ld) {
   for (int64_t w = 0; w < words; w += kLanes) {
     const int64_t n = smaller(words - w, kLanes);
     V r[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) r[i] = load_form<F>(base + smaller(i, valid - 1) * row_bytes, w, n);
+    for (int i = 0; i < kLanes; ++i)
+      r[i] = load_form<F>(base + row_or_last<kFull>(i, valid) * row_bytes, w, n);
     transpose(r);
     if (n == kLanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(out + (w + i) * ld, r[i]);
     } else {
-      float part[kLanes * kLanes];
+      alignas(64) float part[kLanes * kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(part + i * kLanes, r[i]);
       for (int64_t i = 0; i < n; ++i) store(out + (w + i) * ld, load(part + i * kLanes));
     }
   }
+}
+
+// kLanes rows x `words` to out[word * ld + row]. Rows from `valid` on repeat the last one. Each store writes
+// a whole vector, so rows of `out` must be filled in increasing order or be kLanes wide.
+template <Form F>
+IDC_INLINE void transpose_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words, float* out,
+                               int64_t ld) {
+  if (valid >= kLanes) return transpose_some_rows<F, true>(base, row_bytes, valid, words, out, ld);
+  transpose_some_rows<F, false>(base, row_bytes, valid, words, out, ld);
 }
 
 IDC_INLINE void transpose_rows(Form form, const char* base, int64_t row_bytes, int64_t valid, int64_t words,

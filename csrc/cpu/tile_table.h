@@ -12,8 +12,8 @@ namespace {
 constexpr BackwardKernels kBackward = backward_table();
 
 constexpr Kernels table(const char* name, bool has_pairs) {
-  return Kernels{name,   kLanes,     has_pairs, packed_k_words, packed_v_words, row_floats, pack_k,
-                 pack_v, identities, attend,    finish,         multiply_adds,  &kBackward, chip_tile};
+  return Kernels{name,   kLanes, has_pairs, packed_k_words, packed_v_words, row_floats, pack_k,
+                 pack_v, attend, finish,    multiply_adds,  &kBackward,     chip_tile};
 }
 
 }  // namespace

@@ -128,73 +128,85 @@ struct AddMerge {
   }
 };
 
+// Rows of floats.
+struct Rows {
+  float* start;
+  int64_t stride;
+  IDC_INLINE float* at(int r) const { return start + r * stride; }
+};
+
+IDC_INLINE Rows rows_of(char* block_start, int64_t row_bytes, const Place& at) {
+  const int64_t stride = row_bytes / static_cast<int64_t>(sizeof(float));
+  return Rows{reinterpret_cast<float*>(block_start) + at.row * stride + at.vector * kLanes, stride};
+}
+
 // First pass of ortho and ortho_v2: keeps the text attention h, stores h + sum s w i, sums w h i and w h h
 // over rows.
 struct OrthoMerge {
+  // i = acc * norm; to = before + amount * i; hi += w h i, hh += w h h.
   template <int R, int N>
-  static IDC_INLINE void add_sums(V (&i)[R][N], const float* h, const float* weight, float* hi, float* hh) {
-    // Channel by channel: all sums at once would not fit into the registers beside i.
+  static IDC_INLINE void merge(V (&acc)[R][N], const Block& block, const Place& at, int b, const Rows& h,
+                               const Rows& before, const Rows& to) {
+    const float *norm = block.norm[b] + at.row, *weight = block.weight[b - 1] + at.row,
+                *amount = block.amount[b - 1] + at.row;
+    float* hi = block.sums + (b - 1) * 2 * padded(block.head_dim) + at.vector * kLanes;
+    float* hh = hi + padded(block.head_dim);
+    V sum_hi[N], sum_hh[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      V sum_hi = load(hi + j * kLanes), sum_hh = load(hh + j * kLanes);
+    for (int j = 0; j < N; ++j) sum_hi[j] = load(hi + j * kLanes), sum_hh[j] = load(hh + j * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const V x = load(h + (r * N + j) * kLanes), wx = mul(all(weight[r]), x);
-        sum_hi = fma(wx, i[r][j], sum_hi);
-        sum_hh = fma(wx, x, sum_hh);
+    for (int r = 0; r < R; ++r) {
+      const V f = all(norm[r]), w = all(weight[r]), s = all(amount[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const V x = load(h.at(r) + j * kLanes), wx = mul(w, x), i = mul(f, acc[r][j]);
+        sum_hi[j] = fma(wx, i, sum_hi[j]);
+        sum_hh[j] = fma(wx, x, sum_hh[j]);
+        store(to.at(r) + j * kLanes, fma(s, i, load(before.at(r) + j * kLanes)));
       }
-      store(hi + j * kLanes, sum_hi);
-      store(hh + j * kLanes, sum_hh);
     }
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(hi + j * kLanes, sum_hi[j]), store(hh + j * kLanes, sum_hh[j]);
   }
 
-  // acc = `before` + amount * acc
+  // h = acc * norm
   template <int R, int N>
-  static IDC_INLINE void blend(V (&acc)[R][N], const float* before, const float* amount) {
+  static IDC_INLINE void keep(const V (&acc)[R][N], const float* norm, const Rows& h) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const V s = all(amount[r]);
+      const V f = all(norm[r]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] = fma(s, acc[r][j], load(before + (r * N + j) * kLanes));
-    }
-  }
-
-  template <int R, int N>
-  static IDC_INLINE void keep(const V (&acc)[R][N], float* to) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) store(to + (r * N + j) * kLanes, acc[r][j]);
+      for (int j = 0; j < N; ++j) store(h.at(r) + j * kLanes, mul(f, acc[r][j]));
     }
   }
 
   template <class Dot, int R, int N>
   static IDC_NOINLINE void tile(const Block& block, const Place& at) {
-    const int64_t padded_dim = padded(block.head_dim);
-    float h[R * N * kLanes], mixed[R * N * kLanes];
+    alignas(64) float h_part[R * N * kLanes], u_part[R * N * kLanes];
+    const bool floats_wait = block.wait_dtype == DType::kFloat32;
+    const Rows h = floats_wait ? rows_of(block.text, block.text_row_bytes, at) : Rows{h_part, N * kLanes};
+    const Rows u{u_part, N * kLanes};
     V acc[R][N];
     clear(acc);
     accumulate<Dot>(acc, block, at, 0);
-    scale_rows(acc, block.norm[0] + at.row);
-    keep(acc, h);
-    const Place whole{at.row, at.vector, N * kLanes};
-    store_tile(acc, block.wait_dtype, block.text, block.text_row_bytes, whole);
-    const float* before = h;
+    keep(acc, block.norm[0] + at.row, h);
+    if (!floats_wait) {
+      store_rows(h_part, R, N * kLanes, block.wait_dtype, block.text + at.row * block.text_row_bytes,
+                 block.text_row_bytes, at.vector * kLanes, N * kLanes);
+    }
+    const bool whole = block.dtype == DType::kFloat32 && at.channels == N * kLanes;
+    const Rows to = block.mixed != nullptr ? rows_of(block.mixed, block.text_row_bytes, at)
+                    : whole                ? rows_of(block.out, block.out_row_bytes, at)
+                                           : u;
     for (int b = 1; b < block.branches; ++b) {
       clear(acc);
       accumulate<Dot>(acc, block, at, b);
-      scale_rows(acc, block.norm[b] + at.row);
-      float* sums = block.sums + (b - 1) * 2 * padded_dim + at.vector * kLanes;
-      add_sums(acc, h, block.weight[b - 1] + at.row, sums, sums + padded_dim);
-      blend(acc, before, block.amount[b - 1] + at.row);
-      if (b + 1 < block.branches) {
-        keep(acc, mixed);
-        before = mixed;
-      }
+      merge(acc, block, at, b, h, b == 1 ? h : u, b + 1 < block.branches ? u : to);
     }
-    if (block.mixed != nullptr)
-      return store_tile(acc, DType::kFloat32, block.mixed, block.text_row_bytes, whole);
-    store_tile(acc, block.dtype, block.out, block.out_row_bytes, at);
+    if (to.start == u_part) {
+      store_rows(u_part, R, N * kLanes, block.dtype, block.out + at.row * block.out_row_bytes,
+                 block.out_row_bytes, at.vector * kLanes, at.channels);
+    }
   }
 };
 
