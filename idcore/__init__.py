@@ -17,6 +17,8 @@ _HOME = {
     "id_attention": "ops",
     "explain": "ops",
     "PuLID": "systems.pulid",
+    "FaceID": "systems.faceid",
+    "InstantID": "systems.instantid",
     "IDPipeline": "sampling.id_pipeline",
     "TinyPipeline": "sampling.tiny_pipeline",
     "default_analyzer": "encoders.analyzer",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from .ops import explain, id_attention
     from .sampling.id_pipeline import IDPipeline
     from .sampling.tiny_pipeline import TinyPipeline
+    from .systems.faceid import FaceID
+    from .systems.instantid import InstantID
     from .systems.pulid import PuLID
 
 

@@ -2,8 +2,12 @@
 
 Reads the published ip-adapter.bin (repository InstantX/InstantID), a nested torch pickle: convert it once with
 `idcore convert ip-adapter.bin --out instantid.safetensors --unpickle`. The method's other half, IdentityNet, is a
-ControlNet of diffusers that takes the identity tokens in place of the text's; :meth:`InstantID.controlnet_tokens` gives
-them in the form that it wants.
+ControlNet of diffusers that takes the identity tokens in place of the text's.
+
+    pipe = StableDiffusionXLControlNetPipeline.from_pretrained(base, controlnet=ControlNetModel.from_pretrained(folder))
+    me = instantid.encode("me.jpg")
+    with idcore.attach(pipe, instantid, me, id_scale=0.8), instantid.identity_net(pipe, me):
+        pipe("portrait", image=keypoint_picture(points, 1024, 1024), controlnet_conditioning_scale=0.8)
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from idcore.adapter_files import read_adapter
 from idcore.encoders.face_features import FaceFeatures
 from idcore.errors import WeightsError
 from idcore.identity import Identity
 from idcore.systems.face_adapter import FaceAdapter, FaceAdapterConfig
+from idcore.systems.identity_net import IdentityNetHandle, put_identity
 
 
 class InstantID(FaceAdapter):
@@ -61,14 +65,22 @@ class InstantID(FaceAdapter):
         system._load(tensors, dtype, path)
         return system
 
-    @staticmethod
-    def controlnet_tokens(identity: Identity, images: int = 1, guidance: bool = True) -> Tensor:
-        """What IdentityNet takes as `encoder_hidden_states`: [(2 if guidance else 1) * images, 16, E] float32.
+    def identity_net(
+        self, pipe: Any, identity: Identity, *, controlnet: Any = None, cfg: Any = "auto"
+    ) -> IdentityNetHandle:
+        """Let the pipeline's ControlNet, IdentityNet, read the identity in place of the text.
 
         Args:
-            identity: Made by :meth:`encode`; one row.
-            images: Pictures of the batch.
-            guidance: Put the unconditional rows first, as diffusers' classifier-free guidance does.
+            pipe: A diffusers ControlNet pipeline.
+            identity: Made by :meth:`encode`; one row, or one per image.
+            controlnet: Which, where the pipeline has several.
+            cfg: How a batch is made; as in `attach`.
+
+        Returns:
+            A handle with `remove()` and `identity`, which may be set; also a context manager.
+
+        Raises:
+            InputError: the pipeline has no ControlNet, or the identity is another system's.
         """
-        rows = torch.cat([identity.uncond_tokens, identity.tokens]) if guidance else identity.tokens
-        return rows.repeat_interleave(images, 0)
+        identity.require_system(self.name)
+        return put_identity(pipe, identity, controlnet, cfg)
