@@ -56,6 +56,8 @@ class Call {
     plan_.params = &p_;
     plan_.stats = stats;
     plan_.pairs = k_.has_pairs && p_.dtype == DType::kBFloat16 && p_.head_dim % 2 == 0;
+    // Backward computes in float32, and for few rows its h must be the one that alpha was made of.
+    if (stats.den != nullptr && p_.lq <= kFewRows) plan_.pairs = false;
     plan_.chunks = (p_.lq + kChunkRows - 1) / kChunkRows;
     plan_.padded_dim = (p_.head_dim + k_.lanes - 1) / k_.lanes * k_.lanes;
     two_passes_ = p_.merge != Merge::kAdd && n_ > 0;

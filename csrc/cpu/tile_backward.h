@@ -176,8 +176,8 @@ IDC_INLINE float logit_scale(const IdAttentionParams& p) {
   return 1.0f / __builtin_sqrtf(static_cast<float>(p.head_dim));
 }
 
-// The text's probabilities in one block of rows.
-IDC_NOINLINE void text_probabilities(const Panel& at, const Keys& keys, int64_t block, float* out) {
+// The text's probabilities in one block of rows, before the division.
+IDC_NOINLINE SumOfTwo text_exponentials(const Panel& at, const Keys& keys, int64_t block, float* out) {
   const IdAttentionParams& p = *at.plan.params;
   const TextBias& bias = p.text_bias;
   float top[kRows];
@@ -189,7 +189,7 @@ IDC_NOINLINE void text_probabilities(const Panel& at, const Keys& keys, int64_t 
     add_bias(bias, first, at.valid_in(block), keys.length, scale, out, top);
     scale = 1.0f;
   }
-  normalise(out, keys.length, exponentials(out, keys.length, scale, top), nullptr);
+  return exponentials(out, keys.length, scale, top);
 }
 
 // Identity j's probabilities in one block, before the division; raw: the unscaled logits, null: not wanted;

@@ -52,6 +52,16 @@ IDC_INLINE void gather_identity(const Panel& at, int64_t block, int j) {
     store(to + v, mul(load(terms.amount + v), sums_of_rows(along + v * kLanes)));
 }
 
+// The division after the product, as in the forward: where alpha is a quotient of tiny sums, h must be the
+// forward's to the last bit.
+IDC_NOINLINE void divide_rows(float* rows, int64_t width, const SumOfTwo& sum) {
+  float norm[kRows];
+  put_norm(norm, sum);
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t d = 0; d < width; d += kLanes, rows += kLanes) store(rows, mul(all(norm[r]), load(rows)));
+  }
+}
+
 IDC_INLINE void gather_panel(const Panel& at, const Keys& text) {
   const IdAttentionParams& p = *at.plan.params;
   const Desk& desk = at.desk;
@@ -59,9 +69,10 @@ IDC_INLINE void gather_panel(const Panel& at, const Keys& text) {
   load_panel(at, at.plan.grads->g, desk.g);
   for (int64_t m = 0; m < at.blocks(); ++m) {
     lanes_of_rows(desk.q + m * kRows * desk.width, p.head_dim, at.q_lanes(m));
-    text_probabilities(at, text, m, desk.p);
+    const SumOfTwo sum = text_exponentials(at, text, m, desk.p);
     mix<Sum::kTokens>(
         {desk.p, 1, 0, text.v_rows, text.length, desk.width, desk.h + m * kRows * desk.width, true});
+    divide_rows(desk.h + m * kRows * desk.width, desk.width, sum);
     for (int j = 0; j < p.num_identities; ++j) gather_identity(at, m, j);
   }
   store_rows(desk.h, at.valid, desk.width, at.plan.wait_dtype, text_of(at),

@@ -71,8 +71,10 @@ IDC_INLINE void identity_ortho(const Panel& at, const Keys& keys, int j, int64_t
   RowTerms terms;
   row_terms(at, block, j, &terms);
   float* raw = plan.dshare == nullptr ? nullptr : desk.sharp;
-  normalise(p, keys.length, identity_exponentials(at, keys, block, raw, top, p), nullptr);
+  const SumOfTwo sum = identity_exponentials(at, keys, block, raw, top, p);
   mix<Sum::kTokens>({p, 1, 0, keys.v_rows, keys.length, desk.width, desk.i, true});
+  divide_rows(desk.i, desk.width, sum);
+  normalise(p, keys.length, sum, nullptr);
   add_scale_grad(at, j, merge_grad(at, block, j, terms, before));
   lanes_of_rows(desk.di + block * kRows * desk.width, params.head_dim, at.x_lanes(block));
   logits_grad(at, keys, params.num_zero > 0, at.x_lanes(block), p, ds);
@@ -102,7 +104,7 @@ IDC_INLINE void text_grads(const Panel& at, const float* dh, bool first_branch) 
   const int64_t stride = keys.length * kRows;
   for (int64_t m = 0; m < at.blocks(); ++m) {
     float *p = at.desk.p + m * stride, *ds = at.desk.ds + m * stride;
-    text_probabilities(at, keys, m, p);
+    normalise(p, keys.length, text_exponentials(at, keys, m, p), nullptr);
     if (at.plan.two_passes)
       lanes_of_rows(dh + m * kRows * at.desk.width, at.plan.params->head_dim, at.x_lanes(m));
     logits_grad(at, keys, false, at.x_lanes(m), p, ds);
