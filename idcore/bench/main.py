@@ -16,12 +16,15 @@ import torch
 from ..env import command_line, machine
 from . import id_attention, ops, peak, rows
 
+# Benchmarks of whole models: they need diffusers, which the others do not.
+MODELS = {
+    "e2e": "one pass of a whole UNet, with and without identity",
+    "latency": "whole pictures by part and batch size, and a photo's enrolment",
+}
 
-def _e2e() -> ModuleType | None:
-    """The whole-UNet benchmark; None where diffusers is not installed, which the others do not need."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    return importlib.import_module(".e2e", __package__)
+
+def _model_bench(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _names(allowed: Sequence[str]):
@@ -63,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
-    if (e2e := _e2e()) is not None:
-        e2e.add_arguments(commands.add_parser("e2e", help="one pass of a whole UNet, with and without identity"))
+    for name, about in MODELS.items() if importlib.util.find_spec("diffusers") else ():
+        _model_bench(name).add_arguments(commands.add_parser(name, help=about))
     for p in commands.choices.values():
         p.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
         p.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -87,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
     if options.command == "peak":
         report["rows"] = peak.rows(torch.get_num_threads())
-    elif options.command == "e2e":
-        report.update(_e2e().run(options))
+    elif options.command in MODELS:
+        report.update(_model_bench(options.command).run(options))
     else:
         names = tuple(ops.OPS) if options.command == "ops" else (options.command,)
         report.update(ops.run(options, names))

@@ -1,4 +1,4 @@
-"""UNets with random weights for timings, made from code: no hub, no files."""
+"""Models with random weights for timings, made from code: no hub, no files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..testing.tiny_models import tiny_inputs, tiny_unet
+from ..testing.tiny_models import tiny_inputs, tiny_tokenizer, tiny_unet
 
 SDXL_PARAMETERS = 2_567_463_684
 BASES = ("sdxl-random", "tiny")
@@ -43,14 +43,7 @@ def sdxl_unet(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int
         device: where they are made.
         seed: of the weights, uniform in +-1 / sqrt(inputs); norms are 1, biases 0.
     """
-    unet = sdxl_shapes().to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, p in unet.named_parameters():
-        if p.dim() > 1:
-            p.uniform_(-1, 1, generator=generator).mul_(p[0].numel() ** -0.5)
-        else:
-            p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return unet
+    return _filled(sdxl_shapes(), dtype, device, seed)
 
 
 def sdxl_inputs(size: int, batch: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
@@ -92,3 +85,68 @@ def base_model(base: str, size: int, batch: int, dtype: torch.dtype, device: str
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
     return tiny_unet("sdxl").to(device, dtype), move(inputs)
+
+
+def _filled(module: nn.Module, dtype: torch.dtype, device: str, seed: int) -> nn.Module:
+    """A module that was made on the meta device, with random weights.
+
+    Matrices are uniform in +-1 / sqrt(inputs), norms 1, biases 0; integer buffers count from 0.
+    """
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in module.named_parameters():
+        if p.dim() > 1:
+            p.uniform_(-1, 1, generator=generator).mul_(p[0].numel() ** -0.5)
+        else:
+            p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    for b in module.buffers():
+        if not b.is_floating_point():
+            b.copy_(torch.arange(b.numel(), device=device).view(b.shape))
+    return module
+
+
+def _text_encoder(dtype: torch.dtype, device: str, large: bool) -> nn.Module:
+    """CLIP ViT-L's text side, or OpenCLIP ViT-bigG's with its projection: SDXL's two."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    width, layers, heads = (1280, 32, 20) if large else (768, 12, 12)
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection(config) if large else CLIPTextModel(config)
+    return _filled(model, dtype, device, seed=3)
+
+
+def sdxl_pipeline(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """StableDiffusionXLPipeline at full size with random weights, and a tokenizer over single bytes.
+
+    float32 takes 14 GB, 16 bit 7 GB; the autoencoder is float32 where the rest is float16.
+    """
+    import diffusers
+
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
+            scaling_factor=0.13025, force_upcast=True,
+        )  # fmt: skip
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=_filled(vae, torch.float32 if dtype == torch.float16 else dtype, device, seed=4),
+        text_encoder=_text_encoder(dtype, device, large=False),
+        text_encoder_2=_text_encoder(dtype, device, large=True),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        unet=sdxl_unet(dtype, device),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
