@@ -177,13 +177,15 @@ class Handle:
         )
 
     def refresh(self) -> None:
-        """Project keys and values anew, and put processors back that others replaced, without a forward.
+        """Project keys and values of identities and text anew, and put processors back that others replaced, without a
+        forward.
 
         Needed only if weights were changed behind autograd's back (`.data`), or after `load_ip_adapter` on a
         compiled UNet.
         """
         self._conditioning.bank.forget()
         if self.attached:
+            self._stack.forget_text()
             self._stack.reconcile()
 
     def explain(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import id_attention
 from .compose import accepted, added_branches, before_output, kind_of, split_text
+from .text_kv import TextKeys
 from .types import Site
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Binding:
     kind: str = ""
     accepts: frozenset[str] = field(default_factory=frozenset)
     seen: tuple | None = None  # `TextCall.facts()` of the last eager call
+    text: TextKeys = field(default_factory=TextKeys)
 
     def __post_init__(self) -> None:
         self.kind = kind_of(self.found, self.site.name)
@@ -247,12 +249,15 @@ class TextCall:
 
 
 def _text_kv(binding: Binding, attn: nn.Module, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values of the text. [B, Lt, C] twice"""
-    if text is None:
-        text = states
-    elif attn.norm_cross is not None:
-        text = attn.norm_encoder_hidden_states(text)
+    """Keys and values of the text, once per prompt. [B, Lt, C] twice"""
     # The layer keeps its fused weights after diffusers' unfuse, so only the processor tells which to use.
-    if type(binding.found).__name__ == "FusedAttnProcessor2_0":
-        return attn.to_kv(text).chunk(2, dim=-1)
-    return attn.to_k(text), attn.to_v(text)
+    fused = type(binding.found).__name__ == "FusedAttnProcessor2_0"
+
+    def project(source: Tensor) -> tuple[Tensor, Tensor]:
+        return attn.to_kv(source).chunk(2, dim=-1) if fused else (attn.to_k(source), attn.to_v(source))
+
+    if text is None:
+        return project(states)
+    if attn.norm_cross is not None:
+        return project(attn.norm_encoder_hidden_states(text))
+    return binding.text.get(text, (attn.to_kv,) if fused else (attn.to_k, attn.to_v), project)

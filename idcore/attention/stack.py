@@ -132,6 +132,11 @@ class IdStack:
                 self.hook.remove()
                 self.hook = None
 
+    def forget_text(self) -> None:
+        """Drop the text's keys and values."""
+        for _, _, ours in self.slots.values():
+            ours.id_binding.text.forget()
+
     def reconcile(self) -> None:
         """Put our processors back over what others installed in the meantime.
 
