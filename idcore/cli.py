@@ -1,4 +1,4 @@
-"""The command line: demo, encode, generate, train, convert, fetch, doctor, env."""
+"""The command line: demo, encode, mix, generate, train, convert, fetch, doctor, env."""
 
 from __future__ import annotations
 
@@ -72,6 +72,20 @@ def encode(
     )
     identity.save(out)
     typer.echo(f"{out}: {identity}", err=True)
+
+
+@app.command()
+def mix(
+    identities: Annotated[list[Path], typer.Argument(help="Two or more identities of one system.")],
+    out: Annotated[Path, typer.Option(help="The identity to write.")],
+    weights: Annotated[
+        str | None, typer.Option(help='One number per identity, e.g. "0.7,0.3"; equal by default.')
+    ] = None,
+) -> None:
+    """A weighted mean of identities: of several people, or of photos of one that were encoded one by one."""
+    from .workflows import mix_identities
+
+    typer.echo(f"{out}: {mix_identities(identities, out, weights)}", err=True)
 
 
 @app.command()

@@ -88,6 +88,21 @@ def encode_photos(
     return loaded.encode(list(photos))
 
 
+def mix_identities(files: Sequence[Path], out: Path, weights: str | None = None) -> Identity:
+    """Mix identity files as `Identity.mix` does and write the result; `weights` as "0.7,0.3"."""
+    from .identity import Identity
+
+    if len(files) < 2:
+        raise InputError(f"mix: wanted at least two identities, got {len(files)}")
+    try:
+        numbers = None if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError:
+        raise InputError(f'mix: weights must be numbers such as "0.7,0.3", got {weights!r}') from None
+    mixed = Identity.mix([Identity.load(f) for f in files], numbers)
+    mixed.save(out)
+    return mixed
+
+
 def _analyzer(faces: str):
     from .encoders.analyzer import analyzer_from
 
@@ -317,6 +332,7 @@ __all__ = [
     "encode_photos",
     "fetch_weights",
     "generate_pictures",
+    "mix_identities",
     "similarity_report",
     "train_tiny_model",
 ]

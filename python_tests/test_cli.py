@@ -80,6 +80,20 @@ def request(sdxl, out, **over):
     return GenerateRequest(**{**values, **over})
 
 
+def test_mix_writes_a_weighted_mean(tmp_path):
+    a, b = (Identity(torch.full((1, 2, 3), v), None, "tiny", {}) for v in (1.0, 5.0))
+    a.save(tmp_path / "a.safetensors")
+    b.save(tmp_path / "b.safetensors")
+    files, out = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "ab.safetensors"
+    assert run("mix", *files, "--weights", "3,1", "--out", out)[0] == 0
+    assert torch.equal(Identity.load(out).tokens, torch.full((1, 2, 3), 2.0))
+    assert run("mix", *files, "--out", out)[0] == 0
+    assert torch.equal(Identity.load(out).tokens, torch.full((1, 2, 3), 3.0))
+    assert 'weights must be numbers such as "0.7,0.3"' in run("mix", *files, "--weights", "3;1", "--out", out)[2]
+    assert "wanted 2 finite weights" in run("mix", *files, "--weights", "1", "--out", out)[2]
+    assert "at least two identities" in run("mix", files[0], "--out", out)[2]
+
+
 def test_generate_with_an_sdxl_folder_and_pulid(sdxl, tmp_path):
     with_id = pictures(generate_pictures(request(sdxl, tmp_path / "a", count=2, seed=3)))
     again = pictures(generate_pictures(request(sdxl, tmp_path / "b", seed=4)))

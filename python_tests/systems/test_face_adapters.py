@@ -252,3 +252,18 @@ def test_lora_of_another_base_model_is_refused(unet, tmp_path):
     system = FaceID.from_weights(save(naive.make("faceid", unet), tmp_path, lora=naive.lora_part(unet)))
     with pytest.raises(InputError, match=r"tensors do not fit this UNet"):
         system.lora(tiny_unet("sd"))
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("unet_dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_pipelines_of_different_precision(unet, tmp_path, weights_dtype, unet_dtype):
+    path = save(naive.make("faceid", unet), tmp_path, lora=naive.lora_part(unet))
+    f, inputs = features(n=1), tiny_inputs("sdxl")
+    results = []
+    for of_weights, of_unet in ((torch.float32, torch.float32), (weights_dtype, unet_dtype)):
+        system, model = FaceID.from_weights(path, dtype=of_weights), tiny_unet("sdxl").to(of_unet)
+        cast = {k: v.to(of_unet) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        cast["added_cond_kwargs"] = {k: v.to(of_unet) for k, v in inputs["added_cond_kwargs"].items()}
+        with torch.no_grad(), system.lora(model), idcore.attach(model, system, system.encode(f)):
+            results.append(model(**cast).sample.float())
+    assert (results[0] - results[1]).abs().max() < 0.03 * results[0].abs().max()
