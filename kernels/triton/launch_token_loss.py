@@ -15,10 +15,10 @@ from .launch_bwd import fold
 TARGET_PROGRAMS = 512
 
 
-def _common(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> tuple[dict, tuple[int, ...], dict]:
-    """Arguments of all three kernels, their grid over image tokens, and Triton's options."""
+def _common(name: str, q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> tuple[dict, tuple[int, ...], dict]:
+    """Arguments of all three kernels with the table's tile `name`, a grid over image tokens, Triton's options."""
     b, h, lq, d = q.shape
-    t = tuning.tile("rows", capability(q.device), q.element_size(), tuning.padded(d), INTERPRETED)
+    t = tuning.tile(name, capability(q.device), q.element_size(), tuning.padded(d), INTERPRETED)
     arguments = dict(
         Q=q, K=k, KR=k_ref, W=weight,
         sq=q.stride(), sk=k.stride(), skr=k_ref.stride(), sw=weight.stride(),
@@ -35,23 +35,25 @@ def forward(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> tuple[Tensor
     Args:
         weight: float32 [B, Lt], may be expanded.
     """
-    arguments, grid, options = _common(q, k, k_ref, weight)
+    arguments, grid, options = _common("loss", q, k, k_ref, weight)
     b, h, lq, _ = q.shape
     loss = torch.empty(grid[0], b * h, device=q.device)
     rows = torch.empty(3, b, h, lq, device=q.device)
     given = dict(LOSS=loss, LSE=rows[0], LSE_R=rows[1], DELTA=rows[2])
-    start(kernels.loss_kernel, grid, options, **arguments, **given)
+    start(kernels.loss_kernel, grid, options, **arguments, **given, ONE=k.shape[2] <= arguments["BN"])
     return loss.sum(), rows
 
 
 def backward(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor, rows: Tensor, factor: Tensor):
     """dq and dk. factor: float32 [], 2 / N / sqrt(D) times the loss's gradient."""
-    arguments, grid, options = _common(q, k, k_ref, weight)
+    arguments, grid, options = _common("loss_bwd", q, k, k_ref, weight)
     b, h, lq, d = q.shape
-    given = dict(FACTOR=factor, LSE=rows[0], LSE_R=rows[1], DELTA=rows[2])
     dq = new_out(q)
-    start(kernels.loss_rows_kernel, grid, options, **arguments, **given, DQ=dq, sdq=dq.stride())
+    given = dict(FACTOR=factor, LSE=rows[0], LSE_R=rows[1], DELTA=rows[2], DQ=dq, sdq=dq.stride())
     blocks, tiles = triton.cdiv(k.shape[2], arguments["BN"]), grid[0]
+    if blocks > 1:
+        start(kernels.loss_rows_kernel, grid, options, **arguments, **given)
+        given |= dict(DQ=None, sdq=None)
     wanted = 1 if INTERPRETED else min(tiles, max(1, TARGET_PROGRAMS // (blocks * b * h)))
     per = triton.cdiv(tiles, wanted)
     chunks = triton.cdiv(tiles, per)

@@ -38,7 +38,27 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("rows", 4, 32): Tile(16, 32, 4, 1),
         ("rows", 4, 64): Tile(16, 32, 4, 1),
         ("rows", 4, 128): Tile(16, 16, 8, 1),
-        ("coupling", 2, 128): Tile(32, 32, 4, 1),  # others as "rows"
+        ("coupling", 2, 128): Tile(32, 32, 4, 1),
+        ("loss", 2, 16): Tile(64, 128, 8, 1),
+        ("loss", 2, 32): Tile(64, 128, 8, 1),
+        ("loss", 2, 64): Tile(64, 128, 8, 1),
+        ("loss", 2, 128): Tile(32, 128, 8, 1),
+        ("loss", 2, 256): Tile(32, 32, 8, 1),
+        ("loss_bwd", 2, 16): Tile(32, 128, 8, 1),
+        ("loss_bwd", 2, 32): Tile(32, 128, 8, 1),
+        ("loss_bwd", 2, 64): Tile(32, 128, 8, 1),
+        ("loss_bwd", 2, 128): Tile(32, 64, 8, 1),
+        ("loss_bwd", 2, 256): Tile(16, 32, 8, 1),
+        ("text", 2, 16): Tile(32, 128, 8, 1),
+        ("text", 2, 32): Tile(32, 128, 8, 1),
+        ("text", 2, 64): Tile(32, 64, 8, 1),
+        ("text", 2, 128): Tile(32, 64, 8, 1),
+        ("text", 2, 256): Tile(16, 32, 8, 1),
+        ("gather", 2, 16): Tile(128, 64, 8, 3),
+        ("gather", 2, 32): Tile(128, 64, 8, 3),
+        ("gather", 2, 64): Tile(128, 64, 8, 3),
+        ("gather", 2, 128): Tile(128, 64, 8, 2),
+        ("gather", 2, 256): Tile(64, 32, 8, 2),
         ("merge", 2, 16): Tile(128, 0, 8, 1),
         ("merge", 2, 32): Tile(128, 0, 8, 1),
         ("merge", 2, 64): Tile(128, 0, 8, 1),
@@ -58,9 +78,17 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("keys", 4, 64): Tile(16, 32, 4, 1),
         ("keys", 4, 128): Tile(16, 16, 8, 1),
     },
+    # 77 tokens in one block, so that one kernel gives dq and dk: with wgmma and tcgen05 the tiles of K and the gradient
+    # stay in shared memory; with mma.sync they would be held in registers, and spill
+    "sm90": {("text", 2, 64): Tile(32, 128, 8, 1)},
+    "sm100": {("text", 2, 64): Tile(32, 128, 8, 1)},
 }
 # Under the interpreter every block costs the same whatever its size, so tiles are few and big.
 INTERPRETED = Tile(256, 128, 4, 1)
+
+
+# whose entry serves where a kernel has none
+OTHERWISE = {"coupling": ("rows",), "loss": ("rows",), "loss_bwd": ("rows",), "text": ("keys",), "gather": ("keys",)}
 
 
 def padded(head_dim: int) -> int:
@@ -69,14 +97,14 @@ def padded(head_dim: int) -> int:
 
 
 def tile(kernel: str, capability: int, element_size: int, padded_dim: int, interpreted: bool = False) -> Tile:
-    """Tile of a kernel ("forward", "merge", "coupling", "rows" or "keys") on a GPU generation (80, 90, 100, ...).
+    """Tile of a kernel, a name of the table, on a GPU generation (80, 90, 100, ...).
 
     Raises:
         KeyError: no entry for this element size or padded head dim.
     """
     if interpreted:
         return INTERPRETED
-    for name in (kernel, "rows") if kernel == "coupling" else (kernel,):
+    for name in (kernel, *OTHERWISE.get(kernel, ())):
         key = (name, element_size, padded_dim)
         for table in (TABLES.get(f"sm{capability}", {}), TABLES["any"]):
             if key in table:
