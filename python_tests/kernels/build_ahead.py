@@ -16,23 +16,30 @@ from idcore.kernels import ahead, launch, launch_bwd, launch_semantic, launch_to
 from idcore.backends.checks import normalize  # noqa: E402
 
 
-def arguments(dtype: torch.dtype, head_dim: int, merge: str):
-    """A call shaped as in SDXL, values left as they come."""
+def arguments(dtype: torch.dtype, head_dim: int, merge: str, variant: str):
+    """A call shaped as in SDXL, values left as they come.
 
-    def heads(length: int) -> torch.Tensor:
-        return torch.empty(2, length, 2, head_dim, dtype=dtype).transpose(1, 2)
+    Args:
+        variant: "bank": a stage bank, bias, two identities, scales as numbers, no mask; "long": 150 text tokens;
+            "few": 64 image tokens; "": none of these.
+    """
 
-    k, i = heads(77), heads(32)
-    return normalize(
-        heads(1024), k, k, i, i, id_scale=torch.empty(1, 2), id_mask=torch.empty(1, 1024), merge=merge,
-        num_zero=8,
-        num_global=5, text_bias=None,
-    )  # fmt: skip
+    def heads(length: int, batch: int = 2) -> torch.Tensor:
+        return torch.empty(batch, length, 2, head_dim, dtype=dtype).transpose(1, 2)
+
+    i, lq, lt = heads(32), 64 if variant == "few" else 1024, 150 if variant == "long" else 77
+    if variant == "bank":
+        k = heads(lt, 10).unflatten(0, (5, 2))
+        more = dict(id_scale=(0.8, 0.4), id_mask=None, text_bias=torch.empty(1, 1, 1, lt), stage=torch.zeros(1).int())
+        return normalize(heads(lq), k, k, [i, i], [i, i], merge=merge, num_zero=8, num_global=5, **more)
+    k = heads(lt)
+    more = dict(id_scale=torch.empty(1, 2), id_mask=torch.empty(1, lq), text_bias=None)
+    return normalize(heads(lq), k, k, i, i, merge=merge, num_zero=8, num_global=5, **more)
 
 
 def token_loss(a) -> None:
     """Forward and backward of `token_attention_loss`."""
-    weight = torch.empty(2, 77)
+    weight = torch.empty(2, a.k_text.shape[2])
     _, rows = launch_token_loss.forward(a.q, a.k_text, a.k_text, weight)
     launch_token_loss.backward(a.q, a.k_text, a.k_text, weight, rows, torch.empty(()))
 
@@ -57,16 +64,16 @@ OTHER_OPS = {"stage_tokens": stage_tokens, "token_loss": token_loss, "semantic":
 
 def main() -> None:
     for job in sys.argv[1:]:
-        dtype, head_dim, merge, capability, *only = job.split(",")
-        a = arguments(getattr(torch, dtype), int(head_dim), "add" if merge in OTHER_OPS else merge)
+        dtype, head_dim, what, capability, *variant = job.split(",")
+        variant = variant[0] if variant else ""
+        a = arguments(getattr(torch, dtype), int(head_dim), "add" if what in OTHER_OPS else what, variant)
         with ahead.recording(int(capability)) as kernels:
-            if merge in OTHER_OPS:
-                OTHER_OPS[merge](a)
+            if what in OTHER_OPS:
+                OTHER_OPS[what](a)
+            elif variant == "forward":
+                launch.forward(a)
             else:
-                if only:
-                    launch.forward(a)
-                else:
-                    launch_bwd.backward(a, a.q, launch.forward_stats(a)[1])
+                launch_bwd.backward(a, a.q, launch.forward_stats(a)[1])
         for kernel in {k.asm["ptx"]: k for k in kernels}.values():  # a kernel may be launched twice
             built = dataclasses.asdict(ahead.read(kernel, int(capability)))
             print(json.dumps({**built, "instructions": sorted(built["instructions"]), "dtype": dtype, "job": job}))

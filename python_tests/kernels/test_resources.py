@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,16 +19,27 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR = {80: "HMMA.16816", 90: ("HGMMA", "HMMA.16816"), 100: ("UTCHMMA", "HMMA.16816")}
-
-
-NO_PRODUCT = {"merge_kernel", "fold_kernel", "tokens_kernel", "tokens_grad_kernel", "embeddings_grad_kernel"}
+# kernels without a matrix product; and those of wide tiles, which must use the generation's own instruction at D = 64
+NO_PRODUCT = {"merge_kernel", "fold_kernel", "join_kernel", "tokens_kernel", "tokens_grad_kernel",
+              "embeddings_grad_kernel"}  # fmt: skip
+WIDE = {"forward_kernel", "keys_kernel", "loss_kernel", "loss_keys_kernel", "gather_kernel", "text_kernel"}
+OWN = {80: "HMMA.16816", 90: "HGMMA", 100: "UTCHMMA"}
+ALL = NO_PRODUCT | WIDE | {"coupling_kernel", "rows_kernel", "loss_rows_kernel", "image_kernel"}
 
 
 def build_ahead(*jobs: str) -> list[dict]:
-    """Kernels of jobs "dtype,head dim,merge,capability[,forward]",
-    built in another process (never interpreted)."""
-    import os
+    """Kernels of jobs "dtype,head dim,op or merge,capability[,variant]" (`build_ahead.py`), never interpreted.
 
+    Jobs of one generation share a process; two processes run side by side.
+    """
+    by_generation: dict[str, list[str]] = {}
+    for job in jobs:
+        by_generation.setdefault(job.split(",")[3], []).append(job)
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for kernels in pool.map(_build, by_generation.values()) for kernel in kernels]
+
+
+def _build(jobs: list[str]) -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("build_ahead.py")), *jobs]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=3000)
@@ -41,18 +54,24 @@ def check(kernels: list[dict], spills: int = 0) -> None:
         assert k["shared"] <= SHARED_LIMIT[k["capability"]], k
         if k["name"] not in NO_PRODUCT and k["dtype"] != "float32":
             assert any(i.startswith(TENSOR[k["capability"]]) for i in k["instructions"]), k
+        if k["name"] == "gather_kernel" and k["dtype"] != "float32":
+            assert any(i.startswith("LDGSTS") for i in k["instructions"]), f"no copies in the background: {k}"
+
+
+# SDXL's call in every generation; what other variants there are (long text, a stage bank, few rows) in one each
+COMMON = [("float16", 80), ("bfloat16", 90), ("float16", 100)]
+SDXL = [f"{dtype},64,{op},{cap}" for dtype, cap in COMMON for op in ("ortho_v2", "token_loss", "semantic")]
+VARIANTS = ["float16,64,add,90,forward", "float16,64,ortho,80,bank", "float16,64,ortho_v2,90,few",
+            "float16,64,token_loss,100,long", "float16,64,semantic,80,long", "float16,64,stage_tokens,90"]  # fmt: skip
 
 
 def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
-    kernels = build_ahead("float16,64,ortho_v2,80", "bfloat16,64,ortho_v2,90", "float16,64,ortho_v2,100",
-                          "float16,64,add,90,forward", "float16,64,token_loss,90", "float16,64,stage_tokens,90",
-                          "float16,64,semantic,90")  # fmt: skip
-    names = {k["name"] for k in kernels}
-    assert names == {"forward_kernel", "merge_kernel", "coupling_kernel", "rows_kernel", "keys_kernel",
-                     "fold_kernel", "tokens_kernel", "tokens_grad_kernel",
-                     "embeddings_grad_kernel", "loss_kernel", "loss_rows_kernel", "loss_keys_kernel",
-                     "gather_kernel", "image_kernel", "text_kernel"}  # fmt: skip
+    kernels = build_ahead(*SDXL, *VARIANTS)
+    assert {k["name"] for k in kernels} == ALL
     check(kernels)
+    for k in kernels:
+        if k["name"] in WIDE and k["job"] in SDXL:
+            assert any(i.startswith(OWN[k["capability"]]) for i in k["instructions"]), k
 
 
 @pytest.mark.nightly
@@ -60,11 +79,14 @@ def test_triton_kernels_of_sdxl_compile_for_every_generation_without_spills():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_triton_kernels_of_every_head_dim(dtype, capability):
     for head_dim in (40, 64, 80, 128) if dtype == "float32" else (40, 64, 80, 128, 160):
-        merges = ("add", "ortho", "ortho_v2")
-        kernels = build_ahead(*(f"{dtype},{head_dim},{merge},{capability}" for merge in merges))
+        start = f"{dtype},{head_dim}"
+        jobs = [
+            f"{start},{merge},{capability},{v}" for merge in ("add", "ortho", "ortho_v2") for v in ("", "bank", "few")
+        ]
+        jobs += [f"{start},{op},{capability},{v}" for op in ("token_loss", "semantic") for v in ("", "long")]
         # float32 goes through plain multiply-adds, whose operands take many registers: the backward of wide heads
         # spills a few words, a price of exactness that no served configuration pays
-        check(kernels, spills=64 if dtype == "float32" and head_dim > 64 else 0)
+        check(build_ahead(*jobs), spills=64 if dtype == "float32" and head_dim > 64 else 0)
 
 
 @functools.cache
