@@ -117,6 +117,9 @@ inline int least_slots(const IdAttentionParams& p, int64_t rounds) {
   return rounds < least ? static_cast<int>(rounds) : least;
 }
 
+// Of a block that has several tiles: fewer warps leave nothing to do while one waits for memory. Our choice.
+constexpr int kLeastWarps = 4;
+
 // One launch of as many blocks as run at once, each with several tiles; false where too little of the result
 // would stay on the chip. The best block size keeps the multiprocessors busy with the fewest rounds of warps;
 // the cost of one more warp a round per tile, and a quarter of the tiles on the chip, are our choice.
@@ -132,6 +135,7 @@ inline bool plan_together(const IdAttentionParams& p, const Limits& limits, Size
     const int64_t rounds = (tiles + resident - 1) / resident, grid = (tiles + rounds - 1) / rounds;
     const int64_t fit = (room - slot_offset(p, warps)) / slot_bytes(p.head_dim, warps);
     const int64_t slots = fit < rounds ? fit : rounds;  // more would stay empty
+    if (rounds > 1 && warps < kLeastWarps) continue;
     if (slots < least_slots(p, rounds) || rounds > 4 * slots || rounds * (warps + 1) >= least) continue;
     least = rounds * (warps + 1);
     *best = complete(p, warps, grid, slots, true);

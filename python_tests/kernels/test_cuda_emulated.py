@@ -171,6 +171,8 @@ def test_blocks_fit_the_shared_memory_of_every_generation(library, d, merge, gpu
             blocks = 2 if d <= 64 else 1
             assert p["grid"] <= blocks * GPUS[gpu].multiprocessors
             assert blocks * (p["shared"] + 1024) <= GPUS[gpu].shared_all
+            tiles = -(-lq // (16 * p["warps"])) * 20
+            assert p["warps"] >= 4 or tiles == p["grid"], "blocks with several tiles need warps to hide waits"
     assert planned(library, BASE.with_(d=d, merge=merge, lq=17), GPUS[gpu])["warps"] == 1  # few rows
 
 
