@@ -61,7 +61,8 @@ def check(library, c: Case, warps: int, grid: int = 0, slots: int = 0) -> None:
         run(library, a, out, warps, grid, slots, seed)
         assert frame[:, 0].isnan().all() and frame[:, -1].isnan().all(), "wrote outside its result"
         results.append(out)
-    check_forward(c, results[0], a, truth, between=True)
+    tiles = -(-c.lq // (16 * warps)) * c.h * c.b
+    check_forward(c, results[0], a, truth, between=c.merge != "add" and tiles > grid * slots)
     assert torch.equal(results[0], results[1]), f"depends on the order of threads: {c}"
 
 
@@ -131,7 +132,7 @@ def test_a_stage_outside_the_bank_is_kept_inside(library, index, taken):
     out, _ = poisoned(a.q)
     run(library, a._replace(stage=torch.tensor([index], dtype=torch.int32)), out, 1)
     inside = torch.tensor([taken], dtype=torch.int32)
-    check_forward(c, out, a._replace(stage=inside), truth._replace(stage=inside), between=True)
+    check_forward(c, out, a._replace(stage=inside), truth._replace(stage=inside))
 
 
 def test_struct_layout_is_the_same_here_and_in_csrc(library):
