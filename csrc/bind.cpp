@@ -17,6 +17,7 @@
 #include "cpu/workspace.h"
 #include "id_attention.h"
 #if defined(IDCORE_WITH_CUDA)
+#include "cuda/align_face_launch.h"
 #include "cuda/device.h"
 #include "cuda/id_attention_fwd.h"
 #endif
@@ -232,6 +233,12 @@ void align_face_cpu(const py::tuple& numbers, const py::tuple& pictures, const p
 #if defined(IDCORE_WITH_CUDA)
 using Tuples = const py::tuple&;
 
+void check_launch(const char* what, int error) {
+  if (error == 0) return;
+  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(error) + ": " +
+                           idcore::cuda::error_text(error));
+}
+
 py::object id_attention_cuda_refusal(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out,
                                      Tuples text_bias, Tuples identities, Tuples stage) {
   const char* reason = idcore::cuda::id_attention_refusal(
@@ -255,10 +262,17 @@ void id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, T
     error = idcore::cuda::id_attention_fwd(p, reinterpret_cast<void*>(workspace),
                                            reinterpret_cast<void*>(stream));
   }
-  if (error != 0) {
-    throw std::runtime_error(std::string("id_attention_cuda: CUDA error ") + std::to_string(error) + ": " +
-                             idcore::cuda::error_text(error));
+  check_launch("id_attention_cuda", error);
+}
+
+void align_face_cuda(Tuples numbers, Tuples pictures, Tuples out, Tuples colours, uintptr_t stream) {
+  const idcore::AlignFaceParams p = chip_params(numbers, pictures, out, colours);
+  int error = 0;
+  {
+    py::gil_scoped_release release;
+    error = idcore::cuda::align_face(p, reinterpret_cast<void*>(stream));
   }
+  check_launch("align_face_cuda", error);
 }
 #endif
 
@@ -358,6 +372,8 @@ PYBIND11_MODULE(_C, m) {
 #if defined(IDCORE_WITH_CUDA)
   m.def("id_attention_cuda", &id_attention_cuda,
         "Forward on the current CUDA device: the tuples of id_attention_cpu, workspace address, stream.");
+  m.def("align_face_cuda", &align_face_cuda,
+        "Face chips on the current CUDA device: the tuples of align_face_cpu, stream.");
   m.def("id_attention_cuda_refusal", &id_attention_cuda_refusal,
         "None, or why the CUDA kernels cannot run the call.");
   m.def("id_attention_cuda_plan", &id_attention_cuda_plan,

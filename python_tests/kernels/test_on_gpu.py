@@ -7,8 +7,9 @@ import torch
 from cases import Case, build, check_backward, check_forward
 
 from idcore import id_attention
-from idcore.backends import triton
+from idcore.backends import cuda, triton
 from idcore.backends.call import Args
+from idcore.ops import align_face
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,13 +26,14 @@ def on_gpu(a: Args) -> Args:
     return a._replace(
         q=move(a.q), k_text=move(a.k_text), v_text=move(a.v_text), k_id=tuple(map(move, a.k_id)),
         v_id=tuple(map(move, a.v_id)), scale=scale, mask=move(a.mask), text_bias=move(a.text_bias),
+        stage=move(a.stage),
     )  # fmt: skip
 
 
 def call(a: Args, backend: str, out: torch.Tensor | None = None) -> torch.Tensor:
     return id_attention(
         a.q, a.k_text, a.v_text, a.k_id, a.v_id, id_scale=a.scale, id_mask=a.mask, merge=a.merge, num_zero=a.num_zero,
-        num_global=a.num_global, text_bias=a.text_bias, backend=backend, out=out,
+        num_global=a.num_global, text_bias=a.text_bias, stage=a.stage, backend=backend, out=out,
     )  # fmt: skip
 
 
@@ -86,6 +88,61 @@ def test_a_captured_graph_sees_new_inputs_and_scales(backend):
     g.scale.add_(0.25)
     graph.replay()
     assert torch.equal(out, call(g, backend))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("merge", ["add", "ortho_v2"])
+def test_a_captured_graph_runs_through_the_stages(backend, merge):
+    c = BASE.with_(merge=merge, stages=4, stage_rows=2)
+    a, _ = build(c)
+    g = on_gpu(a)
+    out = torch.empty_like(call(g, backend))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(g, backend, out)
+    for first, second in ((0, 3), (2, 2), (3, 1)):
+        g.stage.copy_(torch.tensor([first, second]))
+        graph.replay()
+        now = torch.tensor([first, second], dtype=torch.int32)
+        _, truth = build(c)
+        check_forward(c, out.cpu(), a._replace(stage=now), truth._replace(stage=now), between=True)
+
+
+@pytest.mark.parametrize("shape", [dict(h=10, lq=4096), dict(h=20, lq=1024), dict(h=10, lq=4096, b=2)])
+def test_ortho_of_sdxl_is_one_launch(shape):
+    if torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor < 200 * 1024:
+        pytest.skip("too little shared memory for the tiles of a whole layer")
+    c = BASE.with_(merge="ortho_v2", **{"b": 1, **shape}, li=(32,), rows=(1,), text_rows=1, scale="tensor")
+    a, truth = build(c)
+    g = on_gpu(a)
+    assert cuda.launches(g) == 1
+    first = call(g, "cuda")
+    check_forward(c, first.cpu(), a, truth, between=True)
+    for _ in range(20):
+        assert torch.equal(call(g, "cuda"), first), "another run gave other bits"
+
+
+def test_a_call_too_large_for_one_launch():
+    c = BASE.with_(merge="ortho_v2", d=160, h=8, lq=8192, li=(4,), rows=(1,), text_rows=1, lt=7, scale=0.8, mask=False)
+    a, truth = build(c)
+    g = on_gpu(a)
+    assert cuda.launches(g) == 2
+    check_forward(c, call(g, "cuda").cpu(), a, truth, between=True)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+def test_align_face_is_the_cpu_s(dtype, resample):
+    pictures = [torch.randint(0, 256, size, dtype=torch.uint8) for size in ((900, 700, 3), (60, 80, 3))]
+    matrices = torch.tensor([[[s * 0.8, -s * 0.6, 5.0], [s * 0.6, s * 0.8, -30 * s]] for s in (0.1, 0.24, 0.6, 1.7)])
+    of = torch.tensor([0, 0, 0, 1])
+    norm = {} if dtype == torch.uint8 else dict(mean=127.5, std=(128.0, 64.0, 32.0))
+    want = align_face(pictures, matrices, 112, picture_of=of, resample=resample, dtype=dtype, backend="cpu", **norm)
+    got = align_face([p.cuda() for p in pictures], matrices.cuda(), 112, picture_of=of.cuda(), resample=resample,
+                     dtype=dtype, backend="cuda", **norm).cpu()  # fmt: skip
+    off = (got.float() - want.float()).abs()
+    level = 1.0 if dtype == torch.uint8 else 1 / 32  # a value beside .5 may round to the other side
+    assert off.max() <= 1.01 * level and (off > 0).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

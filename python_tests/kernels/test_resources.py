@@ -132,6 +132,15 @@ def test_cuda_kernels_keep_everything_in_registers(binary):
             assert int(registers) <= 168, (name, registers)
 
 
+def test_the_align_face_kernel_keeps_everything_in_registers(binary):
+    rows = re.findall(r"Function \S*align_kernel\S*:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+                      cuobjdump("-res-usage", str(binary)))  # fmt: skip
+    if not rows:
+        pytest.skip("only the attention kernels were compiled for this test")
+    for registers, stack, local in rows:  # two blocks of 256 threads a multiprocessor
+        assert int(registers) <= 128 and (stack, local) == ("0", "0")
+
+
 def test_cuda_kernels_use_tensor_cores_and_copies_in_the_background(binary):
     archs = set(re.findall(r"sm_(\d+a?)", cuobjdump("-lelf", str(binary))))
     assert "80" in archs
