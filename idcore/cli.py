@@ -38,6 +38,10 @@ Vision = Annotated[
 ]
 Parsing = Annotated[Path | None, typer.Option(help="PuLID: BiSeNet face parsing weights; without them it warns.")]
 
+Retina = Annotated[
+    Path | None, typer.Option("--retinaface", help="PuLID: RetinaFace weights, landmarks of the published chain.")
+]
+
 
 @app.command()
 def demo(
@@ -61,6 +65,7 @@ def encode(
     weights: Weights = None,
     vision: Vision = None,
     parsing: Parsing = None,
+    retinaface: Retina = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
 ) -> None:
@@ -68,8 +73,9 @@ def encode(
     from .workflows import encode_photos
 
     identity = encode_photos(
-        photos, system=system, weights=weights, vision=vision, parsing=parsing, faces=faces, choose=choose
-    )
+        photos, system=system, weights=weights, vision=vision, parsing=parsing, retinaface=retinaface, faces=faces,
+        choose=choose,
+    )  # fmt: skip
     identity.save(out)
     typer.echo(f"{out}: {identity}", err=True)
 
@@ -108,6 +114,7 @@ def generate(
     weights: Weights = None,
     vision: Vision = None,
     parsing: Parsing = None,
+    retinaface: Retina = None,
     preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
@@ -118,7 +125,7 @@ def generate(
     request = GenerateRequest(
         prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,
         id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
-        vision=vision, parsing=parsing, preset=preset, faces=faces, choose=choose,
+        vision=vision, parsing=parsing, retinaface=retinaface, preset=preset, faces=faces, choose=choose,
     )  # fmt: skip
     for path in generate_pictures(request):
         typer.echo(path)

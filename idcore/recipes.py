@@ -111,13 +111,13 @@ _ALL = (
     Recipe(
         "pulid-v1", "PuLID v1 for SDXL (arXiv 2404.16022)", "Apache-2.0",
         (File("pulid_v1.bin", "guozinan/PuLID", converted="pulid_v1.safetensors"),),
-        ("sdxl-lightning", "eva-clip", "antelopev2", "bisenet"),
+        ("sdxl-lightning", "eva-clip", "antelopev2", "bisenet", "retinaface"),
     ),
     Recipe(
         "pulid-v1.1", "PuLID v1.1 for SDXL", "Apache-2.0",
         (File("pulid_v1.1.safetensors", "guozinan/PuLID",
               sha256="4cb8ceec1078e0165399b88332ab3c5971619111b8e1730e6bae64144aabae41"),),
-        ("sdxl-base", "eva-clip", "antelopev2", "bisenet"),
+        ("sdxl-base", "eva-clip", "antelopev2", "bisenet", "retinaface"),
     ),
     Recipe(
         "eva-clip", "EVA02-CLIP-L-14-336, PuLID's vision tower", "MIT",
@@ -129,6 +129,12 @@ _ALL = (
         (File("parsing_bisenet.pth", converted="parsing_bisenet.safetensors",
               url="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
               sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),),
+    ),
+    Recipe(
+        "retinaface", "RetinaFace ResNet-50, landmarks of PuLID's published preprocessing", "MIT (facexlib)",
+        (File("detection_Resnet50_Final.pth", converted="retinaface.safetensors",
+              url="https://github.com/xinntao/facexlib/releases/download/v0.1.0/detection_Resnet50_Final.pth",
+              sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d"),),
     ),
     Recipe(
         "antelopev2", "SCRFD and ArcFace (glintr100), faces of PuLID and InstantID", _INSIGHTFACE,

@@ -54,7 +54,7 @@ PULID_LAYOUTS = ("pulid", "community")
 _SITE = re.compile(r"^id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight$")
 _SITE_IP = re.compile(r"^ip_adapter\.(\d+)\.to_([kv])_ip\.weight$")
 _BLOCK_ROPE = re.compile(r"^visual\.blocks\.\d+\.attn\.rope\.")
-_ONE_LAYOUT = ("ip_adapter", "eva_clip", "bisenet")
+_ONE_LAYOUT = ("ip_adapter", "eva_clip", "bisenet", "retinaface")
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 
 
@@ -62,7 +62,8 @@ _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 class WeightsInfo:
     """What a weights file holds, read from its header alone.
 
-    ``layout`` is "pulid", "community", "pulid_flux", "ip_adapter", "eva_clip", "bisenet", "identity" or "unknown";
+    ``layout`` is "pulid", "community", "pulid_flux", "ip_adapter", "eva_clip", "bisenet", "retinaface",
+    "identity" or "unknown";
     ``version`` is "v1" or "v1.1" for PuLID, the kind of `idcore.adapter_files` for IP-Adapters, else "".
     ``dtypes`` counts tensors per dtype name.
     """
@@ -103,6 +104,8 @@ def detect(keys: Iterable[str]) -> tuple[str, str]:
         return "eva_clip", ""
     if "cp.resnet.conv1.weight" in keys:
         return "bisenet", ""
+    if "LandmarkHead.0.conv1x1.weight" in keys:
+        return "retinaface", ""
     return "unknown", ""
 
 

@@ -42,6 +42,7 @@ class GenerateRequest:
     weights: Path | None = None
     vision: Path | None = None
     parsing: Path | None = None
+    retinaface: Path | None = None
     preset: str | None = None
     faces: str = "embedded"
     choose: str = "largest"
@@ -59,6 +60,7 @@ def encode_photos(
     weights: Path | None = None,
     vision: Path | None = None,
     parsing: Path | None = None,
+    retinaface: Path | None = None,
     faces: str = "embedded",
     choose: str = "largest",
 ) -> Identity:
@@ -67,7 +69,7 @@ def encode_photos(
     Args:
         photos: one or several files (JPEG, PNG, WEBP).
         system: "tiny", or "pulid", "faceid", "instantid", "auto" (what `weights` holds).
-        weights, vision, parsing: files of the system, see `idcore.systems.loading.load_system`.
+        weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
     """
@@ -83,7 +85,13 @@ def encode_photos(
     if system not in ("auto", *SYSTEMS):
         raise InputError(f'encode: system must be "tiny", "auto", {", ".join(SYSTEMS)}, got {system!r}')
     loaded = load_system(
-        weights, system=system, vision=vision, parsing=parsing, faces=faces, policy=face_choice(choose)
+        weights,
+        system=system,
+        vision=vision,
+        parsing=parsing,
+        retinaface=retinaface,
+        faces=faces,
+        policy=face_choice(choose),
     )
     return loaded.encode(list(photos))
 
@@ -224,7 +232,7 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
         if r.id is not None:
             saved = _is_identity(r.id)
             system = load_system(
-                r.weights, system=r.system, vision=r.vision, parsing=r.parsing, faces=r.faces,
+                r.weights, system=r.system, vision=r.vision, parsing=r.parsing, retinaface=r.retinaface, faces=r.faces,
                 policy=face_choice(r.choose), preset=r.preset, for_photos=not saved,
             )  # fmt: skip
             identity = Identity.load(r.id) if saved else system.encode([r.id])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from idcore.encoders.analyzer import FaceAnalyzer
     from idcore.encoders.face import Face
     from idcore.encoders.face_parsing import BiSeNet
+    from idcore.encoders.retinaface import RetinaFace
 
 VERSION = "pulid-1"  # goes into identities; changes when the same photo would give other features
 MAX_SIDE = 1024
@@ -99,6 +100,13 @@ def clip_pixels(chips: Tensor, size: int, antialias: bool) -> Tensor:
     return (x - mean) / std
 
 
+def _shared(a: np.ndarray, b: np.ndarray) -> float:
+    """Overlap of two boxes over their union, 0..1."""
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    both = float(np.prod(np.maximum(sides, 0)))
+    return both / max(float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - both, 1e-9)
+
+
 class PuLIDPreprocess:
     """Photos of one person to :class:`PuLIDFeatures`.
 
@@ -115,6 +123,8 @@ class PuLIDPreprocess:
         id_dim: Width wanted of the embedding.
         antialias: Of the 512 -> 336 resize. False is what the SDXL weights were published with.
         estimator: "lmeds" (as published, robust) or "least_squares".
+        landmarks: A detector whose five points the alignment takes in place of the analyzer's: RetinaFace in the
+            published chain. Of its faces the one that covers most of the chosen face counts.
         max_side: Photos are shrunk to this before anything else; pixels.
     """
 
@@ -129,6 +139,7 @@ class PuLIDPreprocess:
         id_dim: int = 512,
         antialias: bool = False,
         estimator: str = "lmeds",
+        landmarks: RetinaFace | None = None,
         max_side: int = MAX_SIDE,
     ) -> None:
         if estimator not in ("lmeds", "least_squares"):
@@ -139,7 +150,7 @@ class PuLIDPreprocess:
             raise InputError(f"PuLIDPreprocess: max_side must be at least 64 pixels, got {max_side}")
         self.analyzer, self.tower, self.parsing = analyzer, tower, parsing
         self.policy, self.on_no_face, self.id_dim, self.antialias = policy, on_no_face, id_dim, antialias
-        self.estimator, self.max_side = estimator, max_side
+        self.estimator, self.max_side, self.landmarks = estimator, max_side, landmarks
         self._warned = False
         self._recogniser_hash: str | None = None
 
@@ -186,7 +197,7 @@ class PuLIDPreprocess:
                 f"PuLID wants a face embedding of {self.id_dim} numbers, {self._analyzer_name()} gives "
                 f"{embedding.size}; the published weights need glintr100 (antelopev2)"
             )
-        chip = self.align(image, face.points)
+        chip = self.align(image, self._points(image, face, name))
         with torch.no_grad():
             clip, hidden = self._vision(chip)
         clip = clip / clip.norm(dim=-1, keepdim=True)
@@ -197,6 +208,19 @@ class PuLIDPreprocess:
         """The FFHQ-aligned chip [512, 512, 3] uint8 of the face with five ``points`` [5,2] in ``image``."""
         estimate = lmeds_transform if self.estimator == "lmeds" else similarity_transform
         return warp_bilinear(image, estimate(points, template("ffhq")), CHIP, CHIP_FILL)
+
+    def _points(self, image: Image.Image, face: Face, name: str) -> np.ndarray:
+        """The points to align by: the analyzer's, or those that the landmark detector finds on the same face."""
+        if self.landmarks is None:
+            return face.points
+        shared = [(_shared(face.box, other.box), other) for other in self.landmarks.detect(image)]
+        best = max(shared, key=lambda pair: pair[0], default=(0.0, None))
+        if best[0] < 0.25:
+            raise NoFaceError(
+                f"{name}: the landmark detector found {len(shared)} faces, none where the analyzer found one ({face}); "
+                "use a sharper photo, or align by the analyzer's points (landmarks=None)"
+            )
+        return best[1].points
 
     def _choose(self, image: Image.Image, name: str) -> Face | None:
         faces = self.analyzer.detect(image)
@@ -232,15 +256,25 @@ class PuLIDPreprocess:
             "preprocess": VERSION, "face_analyzer": self._analyzer_name(), "recogniser": self._recogniser(),
             "policy": self.policy,
             "vision_tower": self.tower.weights_hash or "unknown", "parsing": parsing,
+            "landmarks": None if self.landmarks is None else self.landmarks.weights_hash or "unknown",
             "antialias": self.antialias, "estimator": self.estimator, "max_side": self.max_side,
         }  # fmt: skip
 
     @classmethod
     def from_weights(
-        cls, analyzer: FaceAnalyzer, eva_clip: str | os.PathLike, parsing: str | os.PathLike | None, **options: Any
+        cls,
+        analyzer: FaceAnalyzer,
+        eva_clip: str | os.PathLike,
+        parsing: str | os.PathLike | None,
+        retinaface: str | os.PathLike | None = None,
+        **options: Any,
     ) -> PuLIDPreprocess:
-        """Load the tower and the parsing network from safetensors files; ``options`` as in the constructor."""
+        """Load the tower, the parsing network and the landmark detector (without one: the analyzer's landmarks) from
+        safetensors files; ``options`` as in the constructor."""
         from idcore.encoders.face_parsing import BiSeNet
+        from idcore.encoders.retinaface import RetinaFace
 
+        if retinaface is not None:
+            options["landmarks"] = RetinaFace.from_weights(retinaface)
         net = None if parsing is None else BiSeNet.from_weights(parsing)
         return cls(analyzer, EvaClipVisual.from_weights(eva_clip), net, **options)

@@ -34,6 +34,7 @@ def load_system(
     system: str = "auto",
     vision: Path | None = None,
     parsing: Path | None = None,
+    retinaface: Path | None = None,
     faces: str = "embedded",
     policy: str | int = "largest",
     preset: str | None = None,
@@ -46,6 +47,7 @@ def load_system(
         system: "auto" (read from the file), or one of `SYSTEMS`.
         vision: PuLID: EVA02-CLIP weights; FaceID Plus and PlusV2: a folder with a CLIP ViT-H/14 of transformers.
         parsing: PuLID: face parsing weights.
+        retinaface: PuLID: landmark detector of the published chain; None: the landmarks of `faces`.
         faces: "embedded", or a folder with SCRFD and ArcFace models.
         policy: Which face of a photo.
         preset: PuLID: its mode.
@@ -68,7 +70,8 @@ def load_system(
     if system not in ("auto", found):
         raise WeightsError(f"wanted weights of {system}, {weights} holds {found}")
     if found == "pulid":
-        return _pulid(weights, vision, parsing, faces, policy, preset, for_photos)
+        files = {"vision": vision, "parsing": parsing, "retinaface": retinaface}
+        return _pulid(weights, files, faces, policy, preset, for_photos)
     return _face_adapter(found, weights, vision, faces, policy, for_photos)
 
 
@@ -78,19 +81,21 @@ def _analyzer(faces: str) -> Any:
     return analyzer_from(faces)
 
 
-def _pulid(weights: Path, vision: Any, parsing: Any, faces: str, policy: Any, preset: Any, for_photos: bool) -> Any:
+def _pulid(weights: Path, files: dict[str, Any], faces: str, policy: Any, preset: str | None, for_photos: bool) -> Any:
     from idcore.systems.pulid import PuLID
 
     preprocess = None
     if for_photos:
         from idcore.encoders.pulid_preprocess import PuLIDPreprocess
 
-        if vision is None:
+        if files["vision"] is None:
             raise WeightsError(
                 "PuLID encodes photos with EVA02-CLIP-L-336: pass --vision FILE, or give an identity that was "
                 "encoded before (--id me.safetensors)"
             )
-        preprocess = PuLIDPreprocess.from_weights(_analyzer(faces), vision, parsing, policy=policy)
+        preprocess = PuLIDPreprocess.from_weights(
+            _analyzer(faces), files["vision"], files["parsing"], files["retinaface"], policy=policy
+        )
     return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
 
 

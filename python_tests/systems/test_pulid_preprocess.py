@@ -354,3 +354,30 @@ def test_no_photos_and_no_picture_are_named(tmp_path):
         pipeline(parsing=FakeParser())([])
     with pytest.raises(InputError, match="There is no file"):
         pipeline(parsing=FakeParser())(tmp_path / "none.jpg")
+
+
+class Landmarks:
+    """A landmark detector that finds given faces."""
+
+    weights_hash = "sha256:marks"
+
+    def __init__(self, *faces):
+        self.faces = faces
+
+    def detect(self, image):
+        return [Face(np.array(b, np.float32), 0.99, np.array(p, np.float32), image.size) for b, p in self.faces]
+
+
+def test_another_detectors_landmarks_on_the_same_face_align_the_chip():
+    moved = points_at(20, 14, 0.18)
+    other = ((150, 60, 190, 130), points_at(125, 75, 0.1))
+    seen = []
+    for marks in (None, Landmarks(other, ((12, 8, 118, 124), moved))):
+        p = pipeline(faces=(BIG,), parsing=FakeParser(), landmarks=marks)
+        p.align = lambda image, points, p=p: seen.append(points) or PuLIDPreprocess.align(p, image, points)
+        features = p(photo())
+        assert features.meta["landmarks"] == (None if marks is None else "sha256:marks")
+    assert np.allclose(seen[0], BIG[1]) and np.allclose(seen[1], moved)
+    lost = pipeline(faces=(BIG,), parsing=FakeParser(), landmarks=Landmarks(other))
+    with pytest.raises(NoFaceError, match="photo 1: the landmark detector found 1 faces, none where the analyzer"):
+        lost(photo())
