@@ -9,7 +9,8 @@ from idcore.testing import Case, make_inputs
 
 case = Case("behind the end", "probe", heads=1, lq=64, layout="heads")
 a = normalize(**make_inputs(case))
-tuples = list(call_tuples(a, torch.empty(a.q.shape))[0])
+out = torch.empty(a.q.shape)
+tuples = list(call_tuples(a, out)[0])
 pointer, *rest = tuples[1]
 tuples[1] = (pointer + 4 * a.q.numel() - 64, *rest)  # the last 16 numbers, and 4,080 behind them
 _load()[0].id_attention_cpu(*tuples)
