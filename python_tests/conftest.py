@@ -17,7 +17,12 @@ def _seed():
 
 
 def pytest_collection_modifyitems(config, items):
-    """GPU tests say why they are skipped; nightly tests run only when asked for by `-m nightly`."""
+    """GPU tests say why they are skipped; nightly tests run only when asked for by `-m nightly`.
+
+    IDCORE_TEST_SHARD=i/n keeps every nth test, from the ith on: n processes share a slow suite.
+    """
+    index, count = map(int, os.environ.get("IDCORE_TEST_SHARD", "0/1").split("/"))
+    items[:] = items[index::count]
     gpu = torch.cuda.is_available()
     wants_nightly = "nightly" in (config.getoption("-m") or "")
     for item in items:

@@ -45,6 +45,8 @@ class Case:
     tensor_scale: bool = False
     scale: float = 0.8
     layout: str = "tokens"
+    stages: int = 0  # of the text bank; 0: no bank
+    stage: str = "one"  # "one" index for all samples, or one for "each"
 
     @property
     def ill_posed(self) -> bool:
@@ -153,6 +155,8 @@ def random_case(seed: int, dtype: str | None = None) -> Case:
         tensor_scale=r.random() < 0.3,
         scale=r.choice((0.8, 1.0, 0.0, -0.7, 3.0)),
         layout=r.choice(LAYOUTS),
+        stages=r.choice((0, 0, 0, 1, 3)),
+        stage=r.choice(("one", "each")),
     )
 
 
@@ -177,6 +181,12 @@ def laid_out(case: Any, batch: int, length: int, gen: torch.Generator) -> Tensor
     return values.transpose(1, 2)
 
 
+def _text(case: Case, gen: torch.Generator) -> Tensor:
+    """[Bt, H, Lt, D], or the bank [S, Bt, H, Lt, D]."""
+    rows = laid_out(case, max(1, case.stages) * case.text_batch, case.lt, gen)
+    return rows.unflatten(0, (case.stages, case.text_batch)) if case.stages else rows
+
+
 def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Arguments of `id_attention` for a case: q, k_text, v_text, k_id, v_id and the keyword arguments."""
     gen = torch.Generator().manual_seed(seed)
@@ -184,8 +194,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Any
     n, b = len(li), case.batch
     given = {
         "q": laid_out(case, b, case.lq, gen),
-        "k_text": laid_out(case, case.text_batch, case.lt, gen),
-        "v_text": laid_out(case, case.text_batch, case.lt, gen),
+        "k_text": _text(case, gen),
+        "v_text": _text(case, gen),
         "k_id": tuple(laid_out(case, case.id_batch, length, gen) for length in li),
         "v_id": tuple(laid_out(case, case.id_batch, length, gen) for length in li),
         "id_scale": tuple(case.scale * (1.0 - 0.25 * j) for j in range(n)),
@@ -200,6 +210,9 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Any
     if case.mask and n:
         mask = torch.rand(n, b, case.lq, generator=gen)
         given["id_mask"] = torch.where(mask < 0.3, torch.zeros_like(mask), mask)
+    if case.stages:
+        picked = torch.randint(case.stages, (b if case.stage == "each" and b else 1,), generator=gen)
+        given["stage"] = picked.to(torch.int32)
     if case.bias == "tokens":
         bias = torch.zeros(b, 1, 1, case.lt)
         bias[..., case.lt // 2 + 1 :] = float("-inf")

@@ -22,6 +22,14 @@ def _rows(t: Tensor, batch: int) -> Tensor:
     return t if t.shape[0] == batch else t.repeat_interleave(batch // t.shape[0], 0)
 
 
+def _picked(t: Tensor, stage: Tensor | None, batch: int) -> Tensor:
+    """Rows of each sample; with a stage those of its entry of the bank."""
+    if stage is None:
+        return _rows(t, batch)
+    row = torch.arange(batch, device=t.device) * t.shape[1] // max(batch, 1)
+    return t[stage.expand(batch).long(), row]
+
+
 def _with_zeros(t: Tensor, count: int) -> Tensor:
     return t if count == 0 else torch.cat([t, t.new_zeros(t.shape[0], t.shape[1], count, t.shape[3])], 2)
 
@@ -42,7 +50,7 @@ def _projection(h: Tensor, i: Tensor, w: Tensor | None) -> Tensor:
 def eager_id_attention(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_id: Sequence[Tensor], v_id: Sequence[Tensor], *,
     id_scale: Sequence[float] | Tensor, id_mask: Tensor | None = None, merge: str = "add", num_zero: int = 0,
-    num_global: int = 5, text_bias: Tensor | None = None,
+    num_global: int = 5, text_bias: Tensor | None = None, stage: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The operator of `idcore.ops.id_attention`, unfused.
 
@@ -50,13 +58,15 @@ def eager_id_attention(
         q: [B, H, Lq, D]; K and V as for `id_attention`, `k_id` and `v_id` as sequences.
         id_scale: n floats, or a tensor [n, B].
         id_mask: None or [n, 1 or B, Lq].
+        stage: of the bank k_text, v_text [S, Bt, H, Lt, D]; int [1] or [B].
 
     Returns:
         [B, H, Lq, D], dtype of q.
     """
     b, heads, lq, d = q.shape
     bias = None if text_bias is None else text_bias.to(q.dtype)
-    h = _tokens(F.scaled_dot_product_attention(q, _rows(k_text, b), _rows(v_text, b), attn_mask=bias))
+    k_text, v_text = _picked(k_text, stage, b), _picked(v_text, stage, b)
+    h = _tokens(F.scaled_dot_product_attention(q, k_text, v_text, attn_mask=bias))
     out = h
     for j, (k, v) in enumerate(zip(k_id, v_id, strict=True)):
         k, v = _with_zeros(_rows(k, b), num_zero), _with_zeros(_rows(v, b), num_zero)

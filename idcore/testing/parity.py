@@ -115,10 +115,10 @@ def _moved_by_a_rounding(given: dict[str, Any], dtype: str, names: tuple[str, ..
 
 
 def _mirrored(value: Any) -> Any:
-    """[.., D] with its channels in reverse order; other shapes as they are."""
+    """[.., H, L, D] with its channels in reverse order; other shapes as they are."""
     if isinstance(value, tuple):
         return tuple(_mirrored(v) for v in value)
-    return value.flip(-1) if isinstance(value, Tensor) and value.dim() == 4 else value
+    return value.flip(-1) if isinstance(value, Tensor) and value.dim() >= 4 else value
 
 
 def _mirror(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Times of GPU work inside captured graphs, where Python and launches cost nothing, with a cold or a warm L2 cache."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+
+def copies_for_cold_cache(bytes_per_call: int) -> int:
+    """So many sets of inputs used in turn that each has left the L2 cache before it comes again."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(256, math.ceil(2.5 * cache / max(1, bytes_per_call))))
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """The calls one after another in a graph; each runs once before, for compilation and workspaces."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def event_ms(run: Call) -> float:
+    """Milliseconds of the work that `run` enqueues, between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def microseconds(groups: Mapping[str, Sequence[Call]], rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Per group: microseconds of one call, median and 10th and 90th percentile; the groups' graphs take turns."""
+    graphs = {name: captured(calls) for name, calls in groups.items()}
+    samples: dict[str, list[float]] = {name: [] for name in groups}
+    for turn in range(rounds + 2):
+        for name, graph in graphs.items():
+            ms = event_ms(graph.replay)
+            if turn >= 2:
+                samples[name].append(ms * 1e3 / len(groups[name]))
+    return {name: _summary(found) for name, found in samples.items()}
+
+
+def launched_microseconds(calls: Mapping[str, Call], rounds: int = 30, batch: int = 10) -> dict[str, float]:
+    """Microseconds of one call when Python launches it, as without a graph: medians of `batch` calls in a row."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            with torch.no_grad():
+                ms = event_ms(lambda c=call: [c() for _ in range(batch)])
+            if turn >= 3:
+                samples[name].append(ms * 1e3 / batch)
+    return {name: round(statistics.median(found), 2) for name, found in samples.items()}
+
+
+def _summary(found: list[float]) -> dict[str, float]:
+    found, last = sorted(found), len(found) - 1
+    return {
+        "us": round(statistics.median(found), 2),
+        "p10": round(found[round(0.1 * last)], 2),
+        "p90": round(found[round(0.9 * last)], 2),
+    }
+
+
+def launches(call: Call) -> int | None:
+    """Kernels that one call runs on the GPU, by the profiler; None where it records none."""
+    with torch.no_grad():
+        call()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "mem" not in e.name]
+    return len(kernels) or None

@@ -1,0 +1,79 @@
+"""60 calls, each 250 times into poisoned memory beside other work on the GPU: every time the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import id_attention
+from ...testing.cases import Case
+from ...testing.parity import cotangent, poisoned, recorded
+from . import calls, shapes
+
+REPEATS, BACKWARD_REPEATS = 250, 50
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def _noise(device: str) -> Callable[[int], None]:
+    """Work of changing length on another stream, so that blocks of the repeats meet another schedule each time."""
+    if device == "cpu":
+        return lambda turn: None
+    stream, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+
+    def disturb(turn: int) -> None:
+        if turn % 3:
+            size = 256 << (turn % 4)
+            with torch.cuda.stream(stream):
+                torch.mm(a[:size], a)
+
+    return disturb
+
+
+def forward_differences(case: Case, backend: str, repeats: int = REPEATS, device: str = "cuda") -> int:
+    """How many of the repeats gave other bits than the first run."""
+    given = case.inputs(device=device)
+    out = poisoned(given["q"])
+    first = _bits(id_attention(**given, backend=backend, out=out)).clone()
+    wrong, disturb = torch.zeros((), dtype=torch.int64, device=device), _noise(device)
+    for turn in range(repeats):
+        disturb(turn)
+        out.fill_(float("nan"))
+        wrong += (_bits(id_attention(**given, backend=backend, out=out)) != first).any()
+    return int(wrong)
+
+
+def backward_differences(case: Case, backend: str, repeats: int = BACKWARD_REPEATS, device: str = "cuda") -> int:
+    """As `forward_differences`, for all gradients."""
+    given, leaves = recorded(case.inputs(device=device), case.gradients)
+    out = case.run(given, backend)
+    g, wanted = cotangent(out, 0), list(leaves.values())
+    first, disturb = None, _noise(device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for turn in range(repeats + 1):
+        disturb(turn)
+        bits = [_bits(t) for t in torch.autograd.grad(out, wanted, g, retain_graph=True)]
+        if first is None:
+            first = bits
+        wrong += torch.stack([(x != y).any() for x, y in zip(bits, first, strict=True)]).any()
+    return int(wrong)
+
+
+def run(_: Any = None, cases: Sequence[Case] = shapes.RACES, device: str = "cuda") -> dict[str, Any]:
+    """Differences by backend and call; empty where all repeats agree."""
+    report: dict[str, Any] = {"calls": len(cases), "repeats": REPEATS, "different": {}}
+    report["warming_failed"] = calls.warm("races", "triton")
+    for backend in ("cuda", "triton"):
+        with torch.no_grad():
+            found = {c.name: forward_differences(c, backend, device=device) for c in cases}
+        report["different"][backend] = {name: n for name, n in found.items() if n}
+    some = cases[:: max(1, len(cases) // 6)]
+    found = {c.name: backward_differences(c, "triton", device=device) for c in some}
+    report["different"]["triton backward"] = {name: n for name, n in found.items() if n}
+    report["ok"] = not any(report["different"].values())
+    return report

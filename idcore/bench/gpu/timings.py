@@ -1,0 +1,154 @@
+"""Times of `id_attention` on a GPU beside what a user would run instead, and beside what the machine allows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...errors import NoBackendError
+from ...ops import id_attention
+from ...testing.cases import Case
+from ...testing.eager import eager_id_attention
+from ...testing.parity import check_parity, poisoned
+from ...testing.timing import copy_bandwidth
+from .. import ops
+from . import calls, graphs, shapes
+
+Call = Callable[[], object]
+BACKENDS = ("cuda", "triton")
+
+
+def _ours(given: dict[str, Any], backend: str) -> Call:
+    out = poisoned(given["q"])
+    return lambda: id_attention(**given, backend=backend, out=out)
+
+
+def _flash(given: dict[str, Any]) -> Call:
+    """Text attention alone by PyTorch's flash kernel: the floor that identity is measured from."""
+    q, k, v = given["q"], given["k_text"], given["v_text"]
+
+    def run() -> object:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return run
+
+
+def rivals(given: dict[str, Any], compiled: Callable[..., object] | None = None) -> dict[str, Call]:
+    """Text-only flash attention, eager PuLID and, if given, its compiled form."""
+    found: dict[str, Call] = {"text_only_flash": _flash(given), "eager": lambda: eager_id_attention(**given)}
+    if compiled is not None:
+        found["compiled"] = lambda: compiled(**given)
+    return found
+
+
+def usable(case: Case, device: str = "cuda") -> dict[str, str | None]:
+    """Per GPU backend None where it runs the case rightly, else why not."""
+    found: dict[str, str | None] = {}
+    for backend in BACKENDS:
+        try:
+            parity = check_parity(case, backend, device=device)
+            found[backend] = None if parity.ok else f"error {parity.error:.3g} above {parity.limit:.3g}"
+        except NoBackendError as e:
+            found[backend] = str(e)
+    return found
+
+
+def row(case: Case, gb_per_s: float, compiled: Callable[..., object] | None) -> dict[str, Any]:
+    """One call: microseconds in a graph with a cold cache, with a warm one, and launched from Python."""
+    reasons = usable(case)
+    report: dict[str, Any] = {
+        "op": "id_attention", "case": case.name, "dtype": case.dtype, "merge": case.merge, "batch": case.batch,
+        "pass": "fwd", "refused": {b: why for b, why in reasons.items() if why}, "parity": True,
+        "floor_us": round(case.bytes / gb_per_s * 1e-3, 2), "mb": round(case.bytes / 1e6, 2),
+    }  # fmt: skip
+    report["parity"] = not any(why and why.startswith("error") for why in reasons.values())
+    running = [backend for backend, why in reasons.items() if why is None]
+    if not running:
+        return report
+    sets = [case.inputs(seed, "cuda") for seed in range(graphs.copies_for_cold_cache(case.bytes))]
+    groups: dict[str, list[Call]] = {backend: [_ours(given, backend) for given in sets] for backend in running}
+    for name in rivals(sets[0], compiled):
+        groups[name] = [rivals(given, compiled)[name] for given in sets]
+    report["cold"] = graphs.microseconds(groups)
+    report["warm"] = graphs.microseconds({name: made[:1] * 20 for name, made in groups.items()})
+    report["launched_us"] = graphs.launched_microseconds({name: made[0] for name, made in groups.items()})
+    report["launches"] = {name: graphs.launches(made[0]) for name, made in groups.items()}
+    report["ratio"] = {b: _ratios(report["cold"], b, report["floor_us"]) for b in running}
+    return report
+
+
+def _ratios(cold: dict[str, dict[str, float]], backend: str, floor_us: float) -> dict[str, float]:
+    ours = cold[backend]["us"]
+    found = {name: round(cold[name]["us"] / ours, 2) for name in ("eager", "compiled") if name in cold}
+    over = round(ours / cold["text_only_flash"]["us"], 3)
+    return {**found, "over_text_only_flash": over, "share_of_copy_bandwidth": round(floor_us / ours, 3)}
+
+
+def unet(merge: str, batch: int, dtype: str = "bf16") -> dict[str, Any]:
+    """All 70 cross-attention layers of SDXL's UNet in one graph: with identity, text only, eager. Milliseconds."""
+    layers = []
+    for layer, count in shapes.UNET:
+        case = layer.with_(dtype=dtype, batch=batch, text_batch=batch, merge=merge, num_zero=8)
+        layers += [(case.inputs(seed, "cuda"), case) for seed in range(count)]
+    reasons = usable(layers[-1][1])
+    groups: dict[str, list[Call]] = {
+        b: [_ours(given, b) for given, _ in layers] for b, why in reasons.items() if why is None
+    }
+    groups["text_only_flash"] = [_flash(given) for given, _ in layers]
+    groups["eager"] = [lambda g=given: eager_id_attention(**g) for given, _ in layers]
+    ms = {name: found["us"] * len(layers) / 1e3 for name, found in graphs.microseconds(groups).items()}
+    text = ms.pop("text_only_flash")
+    return {
+        "merge": merge, "batch": batch, "dtype": dtype, "text_only_ms": round(text, 3),
+        "whole_ms": {name: round(x, 3) for name, x in ms.items()},
+        "identity_ms": {name: round(x - text, 3) for name, x in ms.items()},
+    }  # fmt: skip
+
+
+def _other_ops() -> list[dict[str, Any]]:
+    """Forward and backward of every op on Triton against eager, launched from Python, by the CPU benchmark's code."""
+    options = argparse.Namespace(
+        backend="triton", against=("eager",), dtype=("bf16",), cases=tuple(c.name for c, _ in shapes.UNET),
+        merge=("add", "ortho_v2"), batch=(2,), num_zero=8, clock="wall", rounds=20, passes=("fwd", "bwd"),
+    )  # fmt: skip
+    return ops.run(options, tuple(ops.OPS))["rows"]
+
+
+def _guarded(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
+    """What went wrong with one row is reported, and the next one still runs."""
+    try:
+        return make()
+    except Exception as e:
+        problems.append(f"{what}: {type(e).__name__}: {str(e)[:500]}")
+        print(problems[-1], file=sys.stderr, flush=True)
+        return None
+
+
+def run(_: Any = None, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
+    """All rows, the whole UNet's layers, and the other ops."""
+    torch.set_grad_enabled(False)
+    calls.warm("timed", "triton")
+    problems: list[str] = []
+    bandwidth = copy_bandwidth(megabytes=1024, device="cuda")
+    compiled = torch.compile(eager_id_attention, dynamic=False)
+
+    def timed(case: Case) -> dict[str, Any]:
+        # Compiling takes half a minute a shape: only where the published comparison is asked for.
+        chosen = compiled if (case.merge, case.dtype, case.batch) == ("ortho_v2", "bf16", 2) else None
+        return row(case, bandwidth, chosen)
+
+    rows = [_guarded(f"{c.name} {c.merge} {c.dtype} B={c.batch}", lambda c=c: timed(c), problems) for c in cases]
+    whole = [_guarded(f"unet {m} B={b}", lambda m=m, b=b: unet(m, b), problems)
+             for m in ("add", "ortho_v2") for b in (1, 2)]  # fmt: skip
+    others = _guarded("other ops", _other_ops, problems) or []
+    rows, whole = [r for r in rows if r], [w for w in whole if w]
+    ok = not problems and all(r["parity"] for r in (*rows, *others))
+    return {"ok": ok, "problems": problems, "copy_gb_per_s": round(bandwidth, 1), "rows": rows, "unet": whole,
+            "ops": others}  # fmt: skip
