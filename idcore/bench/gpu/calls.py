@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -37,16 +38,16 @@ def once(case, backend: str, backward: bool, device: str = "cuda") -> torch.Tens
     return out.detach()
 
 
-def warm(name: str, backend: str, *, backward: bool = False, workers: int | None = None, seconds: float = 150) -> int:
+def warm(name: str, backend: str, *, backward: bool = False, workers: int | None = None, seconds: float = 40) -> int:
     """Fills Triton's cache for a list of calls, on many processes at a time. Returns how many of them failed."""
     workers = workers or max(1, min(12, (os.cpu_count() or 2) - 2))
     head = [sys.executable, "-W", "ignore", "-m", "idcore.bench.gpu.calls", name, backend]
     tail = ["bwd"] if backward else []
     running = [subprocess.Popen([*head, f"{i}/{workers}", *tail], stdout=subprocess.DEVNULL) for i in range(workers)]
-    failed = 0
+    failed, end = 0, time.monotonic() + seconds
     for process in running:
         try:
-            failed += process.wait(timeout=seconds) != 0
+            failed += process.wait(timeout=max(0.1, end - time.monotonic())) != 0
         except subprocess.TimeoutExpired:
             process.kill()
             failed += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from ...env import command_line, machine
 from . import build, report
 
 # In order, with the most seconds that each may take: 530 together.
-PARTS = {"build": 120, "tests": 130, "races": 70, "sanitize": 120, "timings": 90}
+PARTS = {"build": 100, "tests": 115, "races": 60, "sanitize": 115, "timings": 140}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,28 +59,33 @@ def _write(out: Path, name: str, result: dict[str, Any]) -> None:
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _command(name: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", "idcore.bench", "gpu", "--out", str(out), "--inside", name]
+
+
+def _ended(command: list[str], log: Path, seconds: float) -> int | None:
+    """Exit status, None where time ran out; what the process started goes with it."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
 def part(name: str, out: Path, seconds: float) -> dict[str, Any]:
     """One part in a process of its own; a crash or a time-out becomes its result."""
-    path = out / f"{name}.json"
+    path, log = out / f"{name}.json", out / f"{name}.log"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "idcore.bench", "gpu", "--out", str(out), "--inside", name]
     start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
-        )
-        status, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as e:
-        status, text = (
-            None,
-            (e.stdout or b"").decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout or "",
-        )
-    (out / f"{name}.log").write_text(text)
+    status = _ended(_command(name, out), log, seconds)
     if path.exists():
         result = json.loads(path.read_text())
     else:
         why = f"stopped after {seconds:.0f} s" if status is None else f"ended with status {status}"
-        result = {"ok": False, "error": f"{why}\n{text[-3000:]}"}
+        result = {"ok": False, "error": f"{why}\n{log.read_text()[-3000:]}"}
     result["seconds"] = round(time.perf_counter() - start, 1)
     _write(out, name, result)
     return result
