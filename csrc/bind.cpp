@@ -14,6 +14,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/id_attention_bwd.h"
 #include "cpu/id_attention_fwd.h"
+#include "cpu/token_losses.h"
 #include "cpu/workspace.h"
 #include "id_attention.h"
 #if defined(IDCORE_WITH_CUDA)
@@ -230,6 +231,73 @@ void align_face_cpu(const py::tuple& numbers, const py::tuple& pictures, const p
   idcore::cpu::align_face(p, kernels);
 }
 
+// numbers of the losses: (dtype, B, H, Lq, Lt, D)
+template <class Params>
+Params loss_params(const py::tuple& numbers, const py::tuple& q, const py::tuple& k) {
+  want_size(numbers, 6, "numbers of a loss");
+  Params p{};
+  p.dtype = dtype_of(int_at(numbers, 0));
+  p.batch = int_at(numbers, 1);
+  p.heads = int_at(numbers, 2);
+  p.lq = int_at(numbers, 3);
+  p.lt = int_at(numbers, 4);
+  p.head_dim = int_at(numbers, 5);
+  p.q = head_tensor(q, "q");
+  p.k = head_tensor(k, "k");
+  return p;
+}
+
+// weight: (address, strides of sample and token)
+idcore::TokenLossParams token_loss_params(const py::tuple& numbers, const py::tuple& q, const py::tuple& k,
+                                          const py::tuple& k_ref, const py::tuple& weight) {
+  auto p = loss_params<idcore::TokenLossParams>(numbers, q, k);
+  want_size(weight, 3, "weight");
+  p.k_ref = head_tensor(k_ref, "k_ref");
+  p.weight = pointer_at<const float>(weight, 0);
+  p.weight_stride_batch = int_at(weight, 1);
+  p.weight_stride_token = int_at(weight, 2);
+  return p;
+}
+
+double token_loss_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k,
+                      const py::tuple& k_ref, const py::tuple& weight) {
+  const idcore::TokenLossParams p = token_loss_params(numbers, q, k, k_ref, weight);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  return idcore::cpu::token_loss_fwd(p, kernels);
+}
+
+void token_loss_cpu_bwd(const py::tuple& numbers, const py::tuple& q, const py::tuple& k,
+                        const py::tuple& k_ref, const py::tuple& weight, float factor, const py::tuple& dq,
+                        uintptr_t dk) {
+  const idcore::TokenLossParams p = token_loss_params(numbers, q, k, k_ref, weight);
+  const idcore::TokenLossGrads grads{factor, head_tensor(dq, "dq"), reinterpret_cast<void*>(dk)};
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::token_loss_bwd(p, grads, kernels);
+}
+
+void semantic_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k, uintptr_t out,
+                  uintptr_t lse) {
+  auto p = loss_params<idcore::SemanticParams>(numbers, q, k);
+  p.out = reinterpret_cast<void*>(out);
+  p.lse = reinterpret_cast<float*>(lse);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::semantic_fwd(p, kernels);
+}
+
+void semantic_cpu_bwd(const py::tuple& numbers, const py::tuple& q, const py::tuple& k, const py::tuple& g,
+                      uintptr_t lse, uintptr_t delta, const py::tuple& dq, uintptr_t dk) {
+  const auto p = loss_params<idcore::SemanticParams>(numbers, q, k);
+  const idcore::SemanticGrads grads{head_tensor(g, "g"), reinterpret_cast<const float*>(lse),
+                                    reinterpret_cast<const float*>(delta), head_tensor(dq, "dq"),
+                                    reinterpret_cast<void*>(dk)};
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::semantic_bwd(p, grads, kernels);
+}
+
 #if defined(IDCORE_WITH_CUDA)
 using Tuples = const py::tuple&;
 
@@ -360,6 +428,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("id_attention_cpu_bwd", &id_attention_cpu_bwd,
         "Gradients of id_attention on the CPU from its statistics; see csrc/bind.cpp for the tuples.");
   m.def("align_face_cpu", &align_face_cpu, "Face chips on the CPU; see csrc/bind.cpp for the tuples.");
+  m.def("token_loss_cpu", &token_loss_cpu, "Weighted sum of squared differences of two attention maps.");
+  m.def("token_loss_cpu_bwd", &token_loss_cpu_bwd, "Its gradients dq and dk.");
+  m.def("semantic_cpu", &semantic_cpu,
+        "softmax over image rows of k q^T / sqrt(D), times q; and the logarithms.");
+  m.def("semantic_cpu_bwd", &semantic_cpu_bwd, "Its gradients dq and dk.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

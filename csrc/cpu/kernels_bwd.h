@@ -43,6 +43,21 @@ struct BackwardPlan {
       dshare;  // gradient of a, per head (ortho_v2). [n, B, H, segments * kSegmentRows]; their mean in head 0
 };
 
+// The losses on attention maps: k[0] holds the text's keys; v[0] the reference's, or the gradient of the
+// result.
+struct LossPlan {
+  const BackwardPlan* keys;
+  const float* weight;  // token_attention_loss: element (b, token)
+  int64_t weight_stride_batch, weight_stride_token;
+  float factor;        // of its gradient
+  float* loss;         // sums per lane. [items, lanes]
+  const float* lse;    // semantic_alignment: [B, H, Lt], log2 of the softmax sums over rows
+  const float* delta;  // sum over channels of g out. [B, H, Lt]
+  float* top;          // largest logit (unscaled) and sum of an item's rows. [items, Lt] each
+  float* sum;
+  HeadTensor dq;
+};
+
 struct BackwardKernels {
   int64_t (*packed_dots_words)(int64_t length, int64_t steps);
   int64_t (*scratch_floats)(const IdAttentionParams& params);  // per thread
@@ -53,6 +68,12 @@ struct BackwardKernels {
   void (*gather)(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
   // The gradients of one item: dq, and its shares of all others.
   void (*scatter)(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  // One item each, sums of values in keys->dv[0], gradients of k in keys->dk[0].
+  void (*token_loss)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  void (*token_loss_grad)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  void (*semantic)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  void (*semantic_grad)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+  int64_t (*semantic_scratch)(const IdAttentionParams& params);
   // [length][padded] float32 to [length][head_dim] elements.
   void (*store)(DType type, const float* rows, int64_t length, int64_t head_dim, void* out);
 };

@@ -210,6 +210,13 @@ IDC_INLINE void load_panel(const Panel& at, const HeadTensor& t, float* out) {
             at.blocks() * kRows, p.head_dim, out);
 }
 
+IDC_INLINE void store_dq(const Panel& at, const HeadTensor& dq) {
+  const IdAttentionParams& p = *at.plan.params;
+  const int64_t bytes = element_bytes(p.dtype), row_bytes = dq.stride_row * bytes;
+  char* out = const_cast<char*>(head_start(dq, bytes, at.batch, at.head)) + at.row * row_bytes;
+  store_rows(at.desk.dq, at.valid, at.desk.width, p.dtype, out, row_bytes, 0, p.head_dim);
+}
+
 IDC_INLINE char* text_of(const Panel& at) {
   const int64_t bytes = at.desk.width * element_bytes(at.plan.wait_dtype);
   return static_cast<char*>(at.plan.text) + (at.item * kSegmentRows + at.row % kSegmentRows) * bytes;

@@ -140,10 +140,7 @@ IDC_INLINE void scatter_panel(const Panel& at) {
     branch_grads(at, keys, j == 0, plan.two_passes ? desk.di : desk.g);
   }
   text_grads(at, plan.two_passes ? desk.dh : desk.g, p.num_identities == 0);
-  const HeadTensor& dq = plan.grads->dq;
-  const int64_t bytes = element_bytes(p.dtype);
-  char* out = const_cast<char*>(head_start(dq, bytes, at.batch, at.head)) + at.row * dq.stride_row * bytes;
-  store_rows(desk.dq, at.valid, desk.width, p.dtype, out, dq.stride_row * bytes, 0, p.head_dim);
+  store_dq(at, plan.grads->dq);
 }
 
 void scatter(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
@@ -165,10 +162,6 @@ void pack_twice(DType type, const char* rows, int64_t row_bytes, int64_t length,
 void store_gradient(DType type, const float* rows, int64_t length, int64_t head_dim, void* out) {
   store_rows(rows, length, padded(head_dim), type, static_cast<char*>(out), head_dim * element_bytes(type), 0,
              head_dim);
-}
-
-constexpr BackwardKernels backward_table() {
-  return BackwardKernels{packed_dots_words, scratch_floats, pack_twice, gather, scatter, store_gradient};
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include "cpu/align_face_sample.h"
 #include "cpu/tile_finish.h"
-#include "cpu/tile_scatter.h"
+#include "cpu/tile_losses.h"
 
 namespace idcore {
 namespace cpu {

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import torch
 
-from ..backends import triton
 from ..backends.call import Call
 from ..errors import InputError, NoBackendError
 
@@ -94,26 +93,28 @@ def explain(call: Call) -> str:
     return "\n".join(lines)
 
 
-def triton_or(plain: str, op: str, q: torch.Tensor, k: torch.Tensor, backend: str | None) -> str:
-    """For ops with a Triton kernel and a path in PyTorch's own ops named `plain`: which of the two runs.
+def choose_for_loss(plain: str, op: str, q: torch.Tensor, keys: tuple[torch.Tensor, ...], backend: str | None) -> str:
+    """For ops with Triton and C++ kernels and a path in PyTorch's own ops named `plain`: which of the three runs.
 
     Args:
-        q: [B, H, Lq, D]; k: [Bt, H, Lt, D]; checked.
-        backend: "triton", `plain`, or None: Triton on a GPU that can run it, else `plain`.
+        q: [B, H, Lq, D]; keys: each [Bt, H, Lt, D]; checked.
+        backend: "triton", "cpu", `plain`, or None: "triton" on a GPU and "cpu" on the CPU if they can, else `plain`.
 
     Raises:
         InputError: no backend of that name.
-        NoBackendError: backend is "triton" and it cannot run this call; says why.
+        NoBackendError: the named backend cannot run this call; says why.
     """
-    if backend not in (None, "triton", plain):
-        raise InputError(f"backend must be one of triton, {plain} or None, got {backend!r}")
+    if backend not in (None, "triton", "cpu", plain):
+        raise InputError(f"backend must be one of triton, cpu, {plain} or None, got {backend!r}")
     if backend == plain:
         return plain
+    name = backend or ("cpu" if q.device.type == "cpu" else "triton")
     b, h, lq, d = q.shape
-    call = Call(q.device.type, q.dtype, b, h, lq, k.shape[2], d, (), "add", False, False, False, False, True)
-    reasons = triton.why_not(call)
+    dense = all(t.stride(3) == 1 or d == 1 for t in (q, *keys))
+    call = Call(q.device.type, q.dtype, b, h, lq, keys[0].shape[2], d, (), "add", False, False, False, False, dense)
+    reasons = why_not(name, call)
     if backend is None:
-        return plain if reasons or q.device.type == "cpu" else "triton"
+        return plain if reasons else name
     if reasons:
-        raise NoBackendError(f"{op}: backend 'triton' cannot run this call: {'; '.join(reasons)}")
-    return backend
+        raise NoBackendError(f"{op}: backend {name!r} cannot run this call: {'; '.join(reasons)}")
+    return name

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import cpu_losses
 from ..backends.reference import rows as rows_of
+from ..backends.reference import store
 from ..errors import InputError
-from .dispatch import triton_or
+from .dispatch import choose_for_loss
 
 
 def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> Tensor:
@@ -22,7 +24,7 @@ def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> T
     Args:
         q: Image queries. [B, H, Lq, D], float32, bfloat16, float16 (float64: sdpa backend). Any strides.
         k: Text keys. [Bt, H, Lt, D], dtype of q; Bt divides B, sample b takes row b * Bt // B.
-        backend: "triton" or "sdpa" (PyTorch's own attention). Default: the first that can run the call.
+        backend: "triton", "cpu" or "sdpa" (PyTorch's own attention). Default: the first that can run the call.
 
     Returns:
         [B, H, Lt, D], dtype of q, accumulated in float32.
@@ -32,8 +34,9 @@ def semantic_alignment(q: Tensor, k: Tensor, *, backend: str | None = None) -> T
         NoBackendError: the named backend cannot run this call; says why.
     """
     _check(q, k)
-    if triton_or("sdpa", "semantic_alignment", q, k, backend) == "triton":
-        return torch.ops.idcore.semantic_fwd(q, k)[0]
+    chosen = choose_for_loss("sdpa", "semantic_alignment", q, (k,), backend)
+    if chosen != "sdpa":
+        return torch.ops.idcore.semantic_fwd(q, k, chosen)[0]
     return F.scaled_dot_product_attention(rows_of(k, q.shape[0]), q, q)
 
 
@@ -56,34 +59,38 @@ def _kernels():
 
 
 @torch.library.custom_op("idcore::semantic_fwd", mutates_args=())
-def _fwd(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().forward(q, k)
+def _fwd(q: Tensor, k: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return cpu_losses.semantic(q, k) if backend == "cpu" else _kernels().forward(q, k)
 
 
 @_fwd.register_fake
-def _fwd_fake(q, k):
+def _fwd_fake(q, k, backend):
     b, h, _, d = q.shape
     return q.new_empty(b, h, k.shape[2], d), q.new_empty(b, h, k.shape[2], dtype=torch.float32)
 
 
 @torch.library.custom_op("idcore::semantic_bwd", mutates_args=())
-def _bwd(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    dq, dk = _kernels().backward(q, k, g, out, lse)
-    return dq.contiguous(), dk.contiguous()
+def _bwd(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    backward = cpu_losses.semantic_backward if backend == "cpu" else _kernels().backward
+    dq, dk = backward(q, k, g, out, lse)
+    return store(dq, q, None), dk.contiguous()
 
 
 @_bwd.register_fake
-def _bwd_fake(q, k, g, out, lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _bwd_fake(q, k, g, out, lse, backend):
+    b, h, lq, d = q.shape
+    return q.new_empty(b, lq, h, d).transpose(1, 2), k.new_empty(k.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    q, k, ctx.backend = inputs
+    ctx.save_for_backward(q, k, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, g, _):
-    return torch.ops.idcore.semantic_bwd(*ctx.saved_tensors[:2], g, *ctx.saved_tensors[2:])
+    q, k, out, lse = ctx.saved_tensors
+    return *torch.ops.idcore.semantic_bwd(q, k, g, out, lse, ctx.backend), None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..backends import cpu_losses
 from ..backends.reference import rows as rows_of
-from ..backends.reference import wide
+from ..backends.reference import store, wide
 from ..errors import InputError
-from .dispatch import triton_or
+from .dispatch import choose_for_loss
 
 CHUNK = 1024  # image tokens whose maps the PyTorch path holds at a time (our choice)
 
@@ -31,7 +32,7 @@ def token_attention_loss(
         k, k_ref: Text keys of the two prompts. [Bt, H, Lt, D], dtype of q; Bt divides B, sample b takes row
             b * Bt // B.
         tokens: Which tokens count: bool or float weights, [Lt] or [B, Lt]. Default: all.
-        backend: "triton" or "reference". Default: the first that can run the call.
+        backend: "triton", "cpu" or "reference". Default: the first that can run the call.
 
     Returns:
         float32 [] (float64 for float64), the mean over samples, heads, image tokens and counted tokens.
@@ -42,7 +43,7 @@ def token_attention_loss(
     """
     _check(q, k, k_ref)
     weight = _weight(tokens, q, k)
-    chosen = triton_or("reference", "token_attention_loss", q, k, backend)
+    chosen = choose_for_loss("reference", "token_attention_loss", q, (k, k_ref), backend)
     count = weight.sum() * (q.shape[1] * q.shape[2])
     if tokens is not None and not torch.compiler.is_compiling() and q.device.type == "cpu" and count == 0:
         raise InputError("token_attention_loss: tokens chooses no token; give at least one a weight above 0")
@@ -119,6 +120,8 @@ def _kernels():
 def _fwd(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         return _kernels().forward(q, k, k_ref, weight)
+    if backend == "cpu":
+        return cpu_losses.token_loss(q, k, k_ref, weight), weight.new_empty(0)
     total = weight.new_zeros(())
     for _, _, difference, w in _chunks(q, k, k_ref, weight):
         total = total + (w * difference * difference).sum()
@@ -137,14 +140,17 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         dq, dk = _kernels().backward(q, k, k_ref, weight, rows, factor)
+    elif backend == "cpu":
+        dq, dk = cpu_losses.token_loss_backward(q, k, k_ref, weight, factor)
     else:
         dq, dk = _reference_backward(q, k, k_ref, weight, factor)
-    return dq.contiguous(), dk.contiguous()
+    return store(dq, q, None), dk.contiguous()
 
 
 @_bwd.register_fake
 def _bwd_fake(q, k, k_ref, weight, rows, factor, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    b, h, lq, d = q.shape
+    return q.new_empty(b, lq, h, d).transpose(1, 2), k.new_empty(k.shape)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -34,7 +34,7 @@ def test_gradients():
         (lambda q, k: (q[0], k, None), r"q must be \[B, H, Lq, D\]"),
         (lambda q, k: (q, k[:, :1], None), r"k must be .* = \[1 or 2, 3, Lt, 16\], got \[1, 1, 9, 16\]"),
         (lambda q, k: (q, k.float(), None), "k is torch.float32 on cpu, q is torch.float64"),
-        (lambda q, k: (q, k, "cuda"), "backend must be one of triton, sdpa"),
+        (lambda q, k: (q, k, "cuda"), "backend must be one of triton, cpu, sdpa"),
     ],
 )
 def test_bad_input_names_what_was_wanted(change, text):

@@ -85,7 +85,7 @@ def test_nothing_of_the_size_of_a_map_is_saved():
         (lambda q, k, r: (q, k, r.requires_grad_(), {}), r"pass k_ref.detach\(\)"),
         (lambda q, k, r: (q, k, r, {"tokens": torch.ones(3)}), r"tokens must be \[Lt\] = \[9\]"),
         (lambda q, k, r: (q, k, r, {"tokens": torch.zeros(9)}), "tokens chooses no token"),
-        (lambda q, k, r: (q, k, r, {"backend": "sdpa"}), "backend must be one of triton, reference"),
+        (lambda q, k, r: (q, k, r, {"backend": "sdpa"}), "backend must be one of triton, cpu, reference"),
     ],
 )
 def test_bad_input_names_what_was_wanted(change, text):

@@ -13,9 +13,9 @@ from idcore.testing import Case, assert_gradients, fuzz
 
 BACKENDS = {
     "id_attention": ("cpu", "sdpa", "reference"),
-    "semantic_alignment": ("sdpa",),
+    "semantic_alignment": ("cpu", "sdpa"),
     "stage_tokens": ("reference",),
-    "token_attention_loss": ("reference",),
+    "token_attention_loss": ("cpu", "reference"),
 }
 INTERPRETED = ("id_attention", "semantic_alignment", "token_attention_loss")
 PAIRS = [(op, backend) for op, backends in BACKENDS.items() for backend in backends]
