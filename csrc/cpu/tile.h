@@ -237,8 +237,10 @@ void attend_chunk(const Plan& plan, const Head& head, int64_t chunk, const Waiti
       block.text = static_cast<char*>(waiting.text) + offset;
       if (waiting.mixed != nullptr) block.mixed = reinterpret_cast<char*>(waiting.mixed) + offset;
     }
+    const Stream text{block.text, block.text_row_bytes, block.text_row_bytes,
+                      block.text == nullptr ? 0 : block.rows, 0};
     Ahead ahead{rows_stream(p, p.q, head.batch, row + kRows, p.lq, head.head),
-                rows_stream(p, p.out, head.batch, row, last_row, head.head), rows_a_step};
+                rows_stream(p, p.out, head.batch, row, last_row, head.head), text, rows_a_step};
     const BlockJob job{
         plan, head.batch, head.head, row, block.rows, scratch, scratch + padded(p.head_dim) * kRows, ahead};
     load_queries(job);

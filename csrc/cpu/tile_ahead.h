@@ -24,11 +24,13 @@ struct Stream {
 struct Ahead {
   Stream queries;       // of the next block
   Stream result;        // rows that this block writes
+  Stream text;          // h of this block, which waits for the second pass
   int64_t rows_a_step;  // so that all is asked for within the groups of keys of a block
 
   IDC_INLINE void step() {
     queries.step<0>(rows_a_step);
     result.step<1>(rows_a_step);
+    text.step<1>(rows_a_step);
   }
 };
 

@@ -70,6 +70,11 @@ IDC_INLINE void store_fp16(uint16_t* p, V a, int64_t n) {
   const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, mode));
 }
+#if defined(IDC_PAIRS)
+IDC_INLINE void store_bf16(uint16_t* p, V a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(a));
+}
+#else
 IDC_INLINE void store_bf16(uint16_t* p, V a, int64_t n) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -79,6 +84,7 @@ IDC_INLINE void store_bf16(uint16_t* p, V a, int64_t n) {
   const __m512i top = _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, keep), 16);
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(top));
 }
+#endif
 
 // Transposes a 16 x 16 tile held in registers.
 IDC_INLINE void transpose(V (&r)[kLanes]) {
