@@ -120,7 +120,7 @@ def generate(
     choose: Choose = "largest",
 ) -> None:
     """Pictures of a prompt, with a person's identity."""
-    from .workflows import GenerateRequest, generate_pictures
+    from .generating import GenerateRequest, generate_pictures
 
     request = GenerateRequest(
         prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from idcore import cli
 from idcore.errors import IdcoreError
+from idcore.generating import GenerateRequest, generate_pictures
 from idcore.identity import Identity
+from idcore.sampling.tiny_pipeline import TinyPipeline
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.testing.tiny_models import tiny_pipeline
-from idcore.workflows import GenerateRequest, generate_pictures
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,21 @@ def request(sdxl, out, **over):
         height=16,
     )
     return GenerateRequest(**{**values, **over})
+
+
+def test_generate_uses_the_model_of_the_folder_that_it_is_given(tmp_path):
+    pipe = TinyPipeline.from_package()
+    with torch.no_grad():
+        for p in pipe.model.unet.parameters():
+            p.mul_(1.05)
+    pipe.save(tmp_path / "model")
+    args = ("generate", "--prompt", "a photo of a person", "--seed", 3)
+    made = [
+        run(*args, "--base", base, "--out", tmp_path / f"p{i}") for i, base in enumerate(["tiny", tmp_path / "model"])
+    ]
+    assert [m[0] for m in made] == [0, 0], made
+    shipped, own = (pictures(m[1].split())[0] for m in made)
+    assert not np.array_equal(shipped, own)
 
 
 def test_mix_writes_a_weighted_mean(tmp_path):

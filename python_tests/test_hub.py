@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from idcore import cli, hub, recipes
 from idcore.doctor import examine
 from idcore.errors import IdcoreError, InputError, WeightsError
-from idcore.hub import Remote, fetch, read_manifest, usable
+from idcore.hub import fetch, read_manifest, usable
 from idcore.recipes import File, Recipe
+from idcore.transport import Remote
 
 BIG, SMALL = bytes(range(256)) * 4000, b'{"a": 1}\n'
 COMMIT = "c" * 40

@@ -11,6 +11,7 @@ from PIL import Image
 
 import idcore
 from idcore.errors import InputError, WeightsError
+from idcore.generating import GenerateRequest, generate_pictures
 from idcore.identity import Identity
 from idcore.systems.face_adapter import FaceAdapterConfig
 from idcore.systems.face_projectors import ProjectorConfig
@@ -21,7 +22,7 @@ from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.testing.tiny_models import tiny_pipeline, tiny_unet
 from idcore.weights import write_safetensors
-from idcore.workflows import GenerateRequest, encode_photos, generate_pictures
+from idcore.workflows import encode_photos
 
 
 @pytest.fixture(scope="module")
