@@ -46,7 +46,8 @@ def attach(
     Args:
         pipe_or_unet: A pipeline with a `unet` (SD 1.x, SD 2.x, SDXL and their img2img, inpaint, ControlNet forms),
             or the UNet, compiled or not.
-        system: An object that meets `idcore.systems.base.System`, e.g. PuLID.
+        system: An object that meets `idcore.systems.base.System`, e.g. PuLID. None: the identities hold their keys and
+            values for this base model themselves (`Identity.with_bank`), and no adapter's weights are needed.
         identity: An `Identity` (one row for all images, or one row per image of the batch), or a list of them:
             several people in one image.
         id_scale: Strength, usually 0 to 5. A number; a mapping per layer as in diffusers' `set_ip_adapter_scale`
@@ -69,6 +70,10 @@ def attach(
         NoBackendError: the named backend cannot run on this model, with its reasons.
     """
     pipe, unet = _parts(pipe_or_unet)
+    if system is None:
+        from .systems.banked import BankedSystem
+
+        system = BankedSystem.of(identity, unet)
     sites = list(system.sites(unet))
     if not sites:
         raise InputError(f"attach: system {system.name!r} names no layer of this {type(unet).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,47 @@ FORMAT = "idcore-identity"
 FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True, eq=False)
+class StoredBank:
+    """An identity's keys and values for every layer of one base model: what an adapter's weights would give.
+
+    Attributes:
+        data: 1-D, float16, bfloat16 or float32: layer by layer the keys, then the values, each [R, H, L, D].
+        rows: R, rows of [uncond, cond] tokens, or of cond tokens alone.
+        layers: (index, heads, head dim) of every layer, as in `systems.base.Site`.
+        options: Arguments of the system's `AttentionOptions`.
+    """
+
+    data: Tensor
+    rows: int
+    layers: tuple[tuple[int, int, int], ...]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        per_token = 2 * self.rows * sum(h * d for _, h, d in self.layers)
+        if self.data.ndim != 1 or not per_token or self.data.numel() % per_token or not self.data.numel():
+            raise InputError(
+                f"StoredBank: data must be 1-D, a multiple of {per_token} numbers for {self.rows} rows of "
+                f"{len(self.layers)} layers, got {list(self.data.shape)}"
+            )
+
+    @property
+    def length(self) -> int:
+        """L, tokens."""
+        return self.data.numel() // (2 * self.rows * sum(h * d for _, h, d in self.layers))
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer keys and values [R, H, L, D], views of `data`."""
+        shapes = [(self.rows, h, self.length, d) for _, h, d in self.layers for _ in "kv"]
+        parts = self.data.split([r * h * n * d for r, h, n, d in shapes])
+        split = [t.view(shape) for t, shape in zip(parts, shapes, strict=True)]
+        return list(zip(split[::2], split[1::2], strict=True))
+
+    def header(self) -> dict[str, Any]:
+        """What a file's metadata must say."""
+        return {"rows": self.rows, "layers": self.layers, "options": self.options}
+
+
 @dataclass(eq=False)
 class Identity:
     """Identity tokens of one system.
@@ -28,6 +69,7 @@ class Identity:
             where the system wants the identity left out of that half.
         system: Name of the system that made them ("pulid-v1"); only that system can use them.
         meta: Plain values that JSON can hold: encoder names and hashes, preprocessing, number of photos.
+        banks: Keys and values for whole base models, one `StoredBank` each; see :meth:`with_bank`.
 
     Raises:
         InputError: wrong shapes, an empty tensor, NaN or infinity, or no system's name.
@@ -37,6 +79,7 @@ class Identity:
     uncond_tokens: Tensor | None
     system: str
     meta: dict[str, Any] = field(default_factory=dict)
+    banks: tuple[StoredBank, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str) or not self.system:
@@ -60,7 +103,8 @@ class Identity:
         bi, length, width = self.tokens.shape
         uncond = "" if self.uncond_tokens is None else ", with uncond"
         photos = f", {self.meta['photos']} photos" if "photos" in self.meta else ""
-        return f"Identity({self.system}, {bi} x {length} tokens x {width}{uncond}{photos})"
+        banks = f", {len(self.banks)} banks" if self.banks else ""
+        return f"Identity({self.system}, {bi} x {length} tokens x {width}{uncond}{photos}{banks})"
 
     def __len__(self) -> int:
         """Bi, the number of rows."""
@@ -69,7 +113,28 @@ class Identity:
     def to(self, device: torch.device | str) -> Identity:
         """A copy on another device; the tokens stay float32."""
         uncond = None if self.uncond_tokens is None else self.uncond_tokens.to(device)
-        return Identity(self.tokens.to(device), uncond, self.system, dict(self.meta))
+        banks = tuple(replace(b, data=b.data.to(device)) for b in self.banks)
+        return Identity(self.tokens.to(device), uncond, self.system, dict(self.meta), banks)
+
+    def with_bank(self, system: Any, pipe_or_unet: Any, dtype: torch.dtype = torch.float16) -> Identity:
+        """A copy that also holds its keys and values for every layer of a base model.
+
+        Saved, it can be attached to any UNet of that architecture without the adapter's weights:
+        ``idcore.attach(pipe, None, Identity.load(...))``. A bank for the same layers is replaced.
+
+        Args:
+            system: The system that made this identity, with its weights.
+            pipe_or_unet: A pipeline or UNet of the base model; only its layers' sizes are looked at.
+            dtype: What the bank is kept in: float16, bfloat16 or float32.
+
+        Raises:
+            InputError: another system's identity, a UNet that does not fit, or another dtype.
+        """
+        from idcore.systems.banked import stored_bank
+
+        bank = stored_bank(system, self, pipe_or_unet, dtype)
+        others = tuple(b for b in self.banks if b.layers != bank.layers)
+        return replace(self, meta=dict(self.meta), banks=(*others, bank))
 
     def require_system(self, name: str) -> None:
         """Raise InputError unless the identity was made by the system ``name``."""
@@ -93,9 +158,11 @@ class Identity:
         tensors = {"tokens": self.tokens.cpu()}
         if self.uncond_tokens is not None:
             tensors["uncond_tokens"] = self.uncond_tokens.cpu()
-        write_safetensors(path, tensors, {
-            "format": FORMAT, "format_version": str(FORMAT_VERSION), "system": self.system, "meta": meta,
-        })  # fmt: skip
+        header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "system": self.system, "meta": meta}
+        if self.banks:
+            tensors |= {f"bank.{i}": b.data.cpu() for i, b in enumerate(self.banks)}
+            header["banks"] = json.dumps([b.header() for b in self.banks])
+        write_safetensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Identity:
@@ -122,7 +189,8 @@ class Identity:
         except ValueError as e:
             raise WeightsError(f"{path}: the identity's meta is damaged ({e}); encode the photos again") from e
         tensors = {k: t.clone() for k, t in tensors.items()}  # away from the file, which may be overwritten
-        return cls(tensors["tokens"], tensors.get("uncond_tokens"), header.get("system", ""), meta)
+        banks = _banks_of(tensors, header, path)
+        return cls(tensors["tokens"], tensors.get("uncond_tokens"), header.get("system", ""), meta, banks)
 
     @classmethod
     def batch(cls, identities: Sequence[Identity]) -> Identity:
@@ -162,6 +230,19 @@ class Identity:
             uncond = sum(w * i.uncond_tokens for w, i in zip(parts, identities))
         meta = {**_shared_meta(identities), "mix_weights": parts}
         return cls(tokens, uncond, first.system, meta)
+
+
+def _banks_of(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any) -> tuple[StoredBank, ...]:
+    try:
+        said = json.loads(header.get("banks", "[]"))
+        return tuple(
+            StoredBank(
+                tensors[f"bank.{i}"], int(b["rows"]), tuple(tuple(map(int, x)) for x in b["layers"]), b["options"]
+            )
+            for i, b in enumerate(said)
+        )
+    except (ValueError, KeyError, TypeError, InputError) as e:
+        raise WeightsError(f"{path}: the identity's stored keys and values are damaged ({e}); make them again") from e
 
 
 def _checked(t: Tensor, name: str) -> Tensor:

@@ -102,19 +102,37 @@ class KvBank:
         found = self._find(kept, name, rows, like)
         if found is not None:
             return found
-        whole = self._projected(kept, name, like)
+        whole = self.whole(name, like)
         pairs = tuple(_parts(pair, person, rows) for pair, person in zip(whole, self.people, strict=True))
         self._keep(kept, name, rows, pairs)
         return pairs
 
-    def _projected(self, kept: dict[str, dict[Any, Any]], name: str, like: Tensor) -> tuple[Pair, ...]:
+    def whole(self, name: str, like: Tensor) -> tuple[Pair, ...]:
         """Keys and values of every identity for [uncond, cond], or for cond alone where there is no uncond."""
+        kept = self._kept
         pairs = self._find(kept, name, None, like)
+        if pairs is None and self._project_all(kept, like):
+            pairs = self._find(kept, name, None, like)
         if pairs is None:
             with normal_mode():
                 pairs = tuple(self._project(name, person, like) for person in self.people)
             self._keep(kept, name, None, pairs)
         return pairs
+
+    def _project_all(self, kept: dict[str, dict[Any, Any]], like: Tensor) -> bool:
+        """Every layer at once, where the system can and nothing of it belongs to an autograd graph."""
+        bank = getattr(self.system, "bank", None)
+        if bank is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._trainable()):
+            return False
+        sites = tuple(self.sites.values())
+        with normal_mode(), torch.no_grad():
+            whole = [bank(person, sites) for person in self.people]
+            if any(layers is None for layers in whole):
+                return False
+            for i, site in enumerate(sites):
+                pairs = tuple(tuple(_checked_heads(self.system, site, t).to(like) for t in w[i]) for w in whole)
+                self._keep(kept, site.name, None, pairs)
+        return True
 
     def _find(self, kept: dict[str, dict[Any, Any]], name: str, rows: Any, like: Tensor) -> tuple[Pair, ...] | None:
         entry = kept.get(name, {}).get((rows, like.dtype, like.device))
@@ -146,14 +164,17 @@ class KvBank:
         return tuple((0 if t.is_inference() else t._version, t.requires_grad) for t in tensors)
 
     def _project(self, name: str, person: Any, like: Tensor) -> Pair:
-        tokens, uncond = person.tokens, getattr(person, "uncond_tokens", None)
-        if uncond is None:
-            tokens = tokens.clone()
-        else:
-            tokens = torch.cat([uncond.expand(tokens.shape[0], -1, -1), tokens])
         site = self.sites[name]
-        k, v = _checked_kv(self.system, site, tokens)
+        k, v = _checked_kv(self.system, site, tokens_of(person))
         return _heads(k, site, like), _heads(v, site, like)
+
+
+def tokens_of(person: Any) -> Tensor:
+    """Tokens of [uncond, cond] rows, or of cond rows alone where the person has no uncond ones. [R, L, E]"""
+    tokens, uncond = person.tokens, getattr(person, "uncond_tokens", None)
+    if uncond is None:
+        return tokens.clone()
+    return torch.cat([uncond.expand(tokens.shape[0], -1, -1), tokens])
 
 
 def _parts(pair: Pair, person: Any, rows: tuple[str, ...]) -> Pair:
@@ -188,3 +209,13 @@ def _checked_kv(system: Any, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor
             f"got {got}"
         )
     return result[0], result[1]
+
+
+def _checked_heads(system: Any, site: Site, t: Tensor) -> Tensor:
+    """[R, H, L, D] of a system's own bank."""
+    if t.ndim != 4 or (t.shape[1], t.shape[3]) != (site.heads, site.head_dim):
+        raise InputError(
+            f"attach: system {system.name!r} must give keys and values [R, {site.heads}, L, {site.head_dim}] for "
+            f"{site.name}, got {list(t.shape)}"
+        )
+    return t

@@ -17,7 +17,11 @@ __all__ = ["AttentionOptions", "Site", "System"]
 
 @runtime_checkable
 class System(Protocol):
-    """A method that turns identity tokens into keys and values for chosen cross-attention layers."""
+    """A method that turns identity tokens into keys and values for chosen cross-attention layers.
+
+    A system may also have `bank(person, sites)`: keys and values [R, H, L, D] of a person at all sites at once, rows
+    [uncond, cond] or cond alone, without gradients; or None, and `project` is asked layer by layer.
+    """
 
     name: str
 

@@ -26,7 +26,7 @@ from idcore.files import fingerprint, require_keys, write_safetensors
 from idcore.identity import Identity
 from idcore.systems.base import AttentionOptions, Site
 from idcore.systems.face_projectors import ProjectorConfig
-from idcore.systems.layers import SDXL_LAYERS, matching_sites
+from idcore.systems.layers import SDXL_LAYERS, OneBlock, matching_sites
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _KeysAndValues(nn.Module):
         self.to_v_ip = nn.Linear(width, hidden, bias=False)
 
 
-class FaceAdapter(nn.Module):
+class FaceAdapter(OneBlock):
     """An adapter of the IP-Adapter family; its state_dict has the published keys, less the LoRA part.
 
     Args:
@@ -118,6 +118,7 @@ class FaceAdapter(nn.Module):
     def _load(self, tensors: dict[str, Tensor], dtype: torch.dtype, path: Any) -> None:
         require_keys(tensors, {k: t.shape for k, t in self.state_dict().items()}, f"{self.title} weights {path}")
         self.load_state_dict({k: t.to(dtype, copy=True) for k, t in tensors.items()}, assign=True)
+        self.lay_out_weights()
         self.eval().requires_grad_(False)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -222,6 +223,11 @@ class FaceAdapter(nn.Module):
         wk, wv = layer.to_k_ip.weight, layer.to_v_ip.weight
         tokens = tokens.to(wk.device, wk.dtype)
         return F.linear(tokens, wk), F.linear(tokens, wv)
+
+    def kv_weights(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(to_k_ip, to_v_ip) [C, E] by the layer's index, in order."""
+        layers = self.ip_adapter
+        return {i: (layers[str(i)].to_k_ip.weight, layers[str(i)].to_v_ip.weight) for i, _ in self.config.layers}
 
     def extra_repr(self) -> str:
         return f"{self.name}, {len(self.config.layers)} layers, {len(self.lora_tensors)} LoRA tensors"

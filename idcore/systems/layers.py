@@ -1,13 +1,18 @@
-"""What systems with one pair of projections per layer share: layers of known base models, the check against a UNet."""
+"""What systems with one pair of projections per layer share: layers of known base models, the check against a UNet,
+and keys and values of all layers at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from idcore.attention.kv_bank import tokens_of
 from idcore.attention.sites import find_sites
 from idcore.errors import InputError
+from idcore.ops.kv_bank import assign_views, kv_bank, lay_out, one_block
 from idcore.systems.base import Site
 
 
@@ -62,3 +67,45 @@ def _census(widths: Iterable[int]) -> str:
     widths = list(widths)
     parts = ", ".join(f"{widths.count(c)} x C={c}" for c in sorted(set(widths)))
     return f"{len(widths)} cross-attention layers" + (f" ({parts})" if parts else "")
+
+
+class OneBlock(nn.Module):
+    """For systems whose keys and values are two bias-free linear layers per site: all of them by one GEMM.
+
+    `lay_out_weights` moves them one behind the other once; they stay there through `.to(...)`, and their parameters
+    remain what they were for state dicts and optimisers.
+    """
+
+    def kv_weights(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(W_k, W_v) by the layer's index, in order."""
+        raise NotImplementedError
+
+    def lay_out_weights(self) -> None:
+        """Move all keys' and values' weights into one piece of memory."""
+        lay_out(self._flat())
+
+    def bank(self, person: Any, sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values [R, H, L, D] of a person at every site, for [uncond, cond] rows or cond alone; see
+        `attention.kv_bank.tokens_of`. None where the weights do not lie together: then layer by layer.
+        """
+        weights = self.kv_weights()
+        if any(s.index not in weights for s in sites) or one_block(self._flat()) is None:
+            return None
+        first = next(iter(weights.values()))[0]
+        tokens = tokens_of(person)
+        if tokens.shape[-1] != first.shape[1]:
+            return None
+        return kv_bank(tokens.to(first), [weights[s.index] for s in sites], [s.heads for s in sites])
+
+    def _flat(self) -> list[Tensor]:
+        return [w for pair in self.kv_weights().values() for w in pair]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        # As a whole, so that they lie together where they are going; super() then finds them already there.
+        flat = self._flat()
+        block = one_block(flat)
+        if block is not None and not torch.compiler.is_compiling():
+            moved = fn(block)
+            if moved is not block and torch._has_compatible_shallow_copy_type(flat[0], moved):
+                assign_views(flat, moved)
+        return super()._apply(fn, recurse)

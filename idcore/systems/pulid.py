@@ -22,7 +22,7 @@ from idcore.encoders.pulid_features import PuLIDFeatures
 from idcore.errors import InputError, WeightsError
 from idcore.identity import Identity
 from idcore.systems.base import AttentionOptions, Site
-from idcore.systems.layers import SDXL_LAYERS, matching_sites
+from idcore.systems.layers import SDXL_LAYERS, OneBlock, matching_sites
 from idcore.systems.pulid_encoders import GLOBAL_TOKENS, SCALES, EncoderConfig
 from idcore.weights import PULID_LAYOUTS, fingerprint, read_pulid, require_keys, to_layout, write_safetensors
 
@@ -70,7 +70,7 @@ class _Projections(nn.Module):
         self.id_to_v = nn.Linear(width, hidden, bias=False)
 
 
-class PuLID(nn.Module):
+class PuLID(OneBlock):
     """The PuLID system. Its state_dict has exactly the keys of the published v1.1 file.
 
     Args:
@@ -153,6 +153,7 @@ class PuLID(nn.Module):
         require_keys(state, {k: t.shape for k, t in system.state_dict().items()}, f"PuLID weights {path}")
         system.load_state_dict({k: t.to(dtype, copy=True) for k, t in state.items()}, assign=True)
         system._weights_hash = _encoder_hash(state)
+        system.lay_out_weights()
         return system.eval().requires_grad_(False)
 
     def save(self, path: str | os.PathLike, layout: str = "pulid") -> Path:
@@ -267,6 +268,11 @@ class PuLID(nn.Module):
         wk, wv = layer.id_to_k.weight, layer.id_to_v.weight
         tokens = tokens.to(wk.device, wk.dtype)
         return F.linear(tokens, wk), F.linear(tokens, wv)
+
+    def kv_weights(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(id_to_k, id_to_v) [C, E] by the layer's index, in order."""
+        layers = self.id_adapter_attn_layers
+        return {i: (layers[str(i)].id_to_k.weight, layers[str(i)].id_to_v.weight) for i, _ in self.config.layers}
 
     def extra_repr(self) -> str:
         return f"{self.name}, {len(self.config.layers)} layers, {self.options}"
