@@ -14,6 +14,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/id_attention_bwd.h"
 #include "cpu/id_attention_fwd.h"
+#include "cpu/stage_tokens.h"
 #include "cpu/token_losses.h"
 #include "cpu/workspace.h"
 #include "id_attention.h"
@@ -231,6 +232,39 @@ void align_face_cpu(const py::tuple& numbers, const py::tuple& pictures, const p
   idcore::cpu::align_face(p, kernels);
 }
 
+// numbers: (S, B, Bt, L, T, bytes of a row); embeddings: (address, strides of sample and row in bytes); bank:
+// (address, strides of stage, sample and token in bytes); positions: (address, strides of sample and token);
+// stage: (address or 0, stride).
+void stage_tokens_cpu(const py::tuple& numbers, const py::tuple& embeddings, const py::tuple& bank,
+                      const py::tuple& positions, const py::tuple& stage, uintptr_t out) {
+  want_size(numbers, 6, "numbers of stage_tokens");
+  want_size(embeddings, 3, "embeddings");
+  want_size(bank, 4, "bank");
+  want_size(positions, 3, "positions");
+  want_size(stage, 2, "stage");
+  const idcore::cpu::StageTokensParams p{int_at(numbers, 0),
+                                         int_at(numbers, 1),
+                                         int_at(numbers, 2),
+                                         int_at(numbers, 3),
+                                         int_at(numbers, 4),
+                                         int_at(numbers, 5),
+                                         pointer_at<const char>(embeddings, 0),
+                                         int_at(embeddings, 1),
+                                         int_at(embeddings, 2),
+                                         pointer_at<const char>(bank, 0),
+                                         int_at(bank, 1),
+                                         int_at(bank, 2),
+                                         int_at(bank, 3),
+                                         pointer_at<const int32_t>(positions, 0),
+                                         int_at(positions, 1),
+                                         int_at(positions, 2),
+                                         pointer_at<const int32_t>(stage, 0),
+                                         int_at(stage, 1),
+                                         reinterpret_cast<char*>(out)};
+  py::gil_scoped_release release;
+  idcore::cpu::stage_tokens(p);
+}
+
 // numbers of the losses: (dtype, B, H, Lq, Lt, D)
 template <class Params>
 Params loss_params(const py::tuple& numbers, const py::tuple& q, const py::tuple& k) {
@@ -433,6 +467,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("semantic_cpu", &semantic_cpu,
         "softmax over image rows of k q^T / sqrt(D), times q; and the logarithms.");
   m.def("semantic_cpu_bwd", &semantic_cpu_bwd, "Its gradients dq and dk.");
+  m.def("stage_tokens_cpu", &stage_tokens_cpu, "Word embeddings with rows replaced, once per stage.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

@@ -100,6 +100,7 @@ class Segments {
 
   void pack_one(int branch, const KeySource& s, const PackedTwice& to) {
     const int64_t size = element_size(p_.dtype), length = length_of(p_, branch);
+    if (length == 0) return;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < to.count * p_.heads; ++i) {
       const int64_t b = i / p_.heads, row = s.per_sample() ? b * s.tensor->batch / p_.batch : b;
@@ -130,6 +131,7 @@ class Segments {
     const int64_t size = length_of(p_, branch) * plan_.padded_dim, count = s.tensor->batch;
     const int64_t stages = s.bank == nullptr ? 1 : s.bank->count, shared = p_.batch / count;
     const int64_t bytes = length_of(p_, branch) * p_.head_dim * element_size(p_.dtype);
+    if (bytes == 0) return;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < stages * count * p_.heads; ++i) {
       const int64_t h = i % p_.heads, row = i / p_.heads % count, stage = i / (p_.heads * count);

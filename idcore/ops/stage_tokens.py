@@ -11,7 +11,11 @@ from torch import Tensor
 from ..errors import InputError, NoBackendError
 
 # Asked in this order. A module brings why_not(device, dtype), forward and backward as in reference_tokens.
-BACKENDS = {"triton": "idcore.backends.triton_tokens", "reference": "idcore.backends.reference_tokens"}
+BACKENDS = {
+    "triton": "idcore.backends.triton_tokens",
+    "cpu": "idcore.backends.cpu_tokens",
+    "reference": "idcore.backends.reference_tokens",
+}
 
 
 def stage_tokens(

@@ -14,7 +14,7 @@ from idcore.testing import Case, assert_gradients, fuzz
 BACKENDS = {
     "id_attention": ("cpu", "sdpa", "reference"),
     "semantic_alignment": ("cpu", "sdpa"),
-    "stage_tokens": ("reference",),
+    "stage_tokens": ("cpu", "reference"),
     "token_attention_loss": ("cpu", "reference"),
 }
 INTERPRETED = ("id_attention", "semantic_alignment", "token_attention_loss")
