@@ -27,7 +27,10 @@ Choose = Annotated[
     str, typer.Option(help='Which face of a photo: "largest", "center", "only" (refuse several), or a number from 0.')
 ]
 System = Annotated[
-    str, typer.Option(help='"tiny" (embedded); "pulid", "faceid", "instantid" or "auto" (need --weights).')
+    str,
+    typer.Option(
+        help='"tiny" (embedded); a fetched recipe ("pulid-v1.1"); or "pulid", "faceid", "auto" with --weights.'
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option(help="Weights of PuLID, FaceID or InstantID: safetensors in any published layout.")
@@ -110,7 +113,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance (SDXL); 1 leaves it out.")] = 1.2,
     width: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 768,
     height: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 1024,
-    system: Annotated[str, typer.Option(help='"auto": what --weights holds; or its name.')] = "auto",
+    system: Annotated[str, typer.Option(help='"auto": what --weights holds; its name; or a fetched recipe.')] = "auto",
     weights: Weights = None,
     vision: Vision = None,
     parsing: Parsing = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, WeightsError
-from .workflows import analyzer, face_choice, save_picture, writable_folder, write_text
+from .workflows import analyzer, check_system, chosen_files, face_choice, save_picture, writable_folder, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,10 +147,13 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
     from .attach import attach
     from .identity import Identity
     from .sampling.sdxl import few_step_scheduler
-    from .systems.loading import SYSTEMS, load_system
+    from .systems.loading import load_system
 
-    if r.system not in ("auto", *SYSTEMS):
-        raise InputError(f"generate: a base folder works with system {', '.join(SYSTEMS)}, got {r.system!r}")
+    if r.system == "tiny":
+        raise InputError(
+            'generate: system "tiny" works on the embedded model alone; drop --base, or name another system'
+        )
+    check_system(r.system)
     pipe = _load_pipeline(r.base)
     if r.steps <= 8:
         pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
@@ -158,10 +161,9 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
     with contextlib.ExitStack() as on:
         if r.id is not None:
             saved = _is_identity(r.id)
-            system = load_system(
-                r.weights, system=r.system, vision=r.vision, parsing=r.parsing, retinaface=r.retinaface, faces=r.faces,
-                policy=face_choice(r.choose), preset=r.preset, for_photos=not saved,
-            )  # fmt: skip
+            names = ("weights", "vision", "parsing", "retinaface", "faces")
+            files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=not saved)
+            system = load_system(**files, policy=face_choice(r.choose), preset=r.preset, for_photos=not saved)
             identity = Identity.load(r.id) if saved else system.encode([r.id])
             if getattr(system, "lora_tensors", None):
                 on.enter_context(system.lora(pipe))

@@ -36,7 +36,8 @@ def encode_photos(
 
     Args:
         photos: one or several files (JPEG, PNG, WEBP).
-        system: "tiny", or "pulid", "faceid", "instantid", "auto" (what `weights` holds).
+        system: "tiny"; "pulid", "faceid", "instantid", "auto" (what `weights` holds); or a fetched recipe, such as
+            "pulid-v1.1".
         weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
@@ -47,20 +48,41 @@ def encode_photos(
         from .sampling.tiny_pipeline import TinyPipeline
 
         return TinyPipeline.from_package().encode(list(photos), analyzer(faces), face_choice(choose))
-    from .systems.loading import SYSTEMS, load_system
+    from .systems.loading import load_system
 
-    if system not in ("auto", *SYSTEMS):
-        raise InputError(f'encode: system must be "tiny", "auto", {", ".join(SYSTEMS)}, got {system!r}')
-    loaded = load_system(
-        weights,
-        system=system,
-        vision=vision,
-        parsing=parsing,
-        retinaface=retinaface,
-        faces=faces,
-        policy=face_choice(choose),
-    )
+    files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
+    loaded = load_system(**chosen_files(system, files, for_photos=True), policy=face_choice(choose))
     return loaded.encode(list(photos))
+
+
+def check_system(system: str) -> None:
+    """Raise InputError unless `system` is the name of one or of a recipe."""
+    from .recipes import RECIPES
+    from .systems.loading import SYSTEMS
+
+    if system not in ("auto", *SYSTEMS) and system not in RECIPES:
+        raise InputError(
+            f'system must be "tiny" (embedded model), "auto", {", ".join(SYSTEMS)}, or a fetched recipe such as '
+            f'"pulid-v1.1", got {system!r}'
+        )
+
+
+def chosen_files(system: str, files: dict[str, Any], *, for_photos: bool) -> dict[str, Any]:
+    """Arguments of `load_system`: the files given, over those of the fetched recipe where `system` is the name of one.
+
+    Raises:
+        InputError: an unknown system.
+        WeightsError: a file of the recipe is missing.
+    """
+    from .recipes import RECIPES
+    from .systems.loading import SYSTEMS, fetched
+
+    check_system(system)
+    as_recipe = system in RECIPES and (system not in SYSTEMS or files.get("weights") is None)
+    if not as_recipe:
+        return {"system": system, **files}
+    given = {k: v for k, v in files.items() if v is not None and (k, v) != ("faces", "embedded")}
+    return {**fetched(system, for_photos=for_photos), **given}
 
 
 def mix_identities(files: Sequence[Path], out: Path, weights: str | None = None) -> Identity:

@@ -138,7 +138,7 @@ def test_presets_differ(sdxl, tmp_path):
         (("encode", "{photo}", "--system", "pulid", "--out", "{tmp}/a.safetensors"), "needs its adapter weights"),
         (
             ("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"),
-            'system must be "tiny", "auto", pulid, faceid',
+            'system must be "tiny" (embedded model), "auto", pulid',
         ),
         (("convert", "{tmp}/none.bin", "--out", "{tmp}/a.safetensors"), "none.bin"),
         (("encode", "{grey}", "--out", "{tmp}/a.safetensors"), "No face was found"),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from idcore.errors import InputError, WeightsError
+from idcore.hub import usable
+from idcore.recipes import RECIPES, recipe
 from idcore.weights import PULID_LAYOUTS, describe
 
 SYSTEMS = ("pulid", "faceid", "instantid")
 _RECIPES = {"pulid": "pulid-v1", "faceid": "faceid-plusv2-sdxl", "instantid": "instantid"}
+# What a needed recipe is to `load_system`, and its file; "": the folder.
+_ROLES = {
+    "eva-clip": ("vision", "EVA02_CLIP_L_336_psz14_s6B.pt"),
+    "clip-vit-h": ("vision", ""),
+    "bisenet": ("parsing", "parsing_bisenet.pth"),
+    "retinaface": ("retinaface", "detection_Resnet50_Final.pth"),
+    "antelopev2": ("faces", ""),
+    "buffalo-l": ("faces", ""),
+}
 
 
 def system_of(weights: Path) -> str:
@@ -26,6 +38,43 @@ def system_of(weights: Path) -> str:
     what = "a torch pickle: convert it first (idcore convert FILE --out FILE --unpickle)"
     what = what if info.container == "torch pickle" else f"of layout {info.layout} {info.version}".rstrip()
     raise WeightsError(f"{weights} holds no identity system; wanted PuLID, FaceID or InstantID, it is {what}")
+
+
+def fetched(name: str, *, for_photos: bool = True, home: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Arguments of :func:`load_system` from the files of a recipe that was fetched.
+
+    Args:
+        name: "pulid-v1", "pulid-v1.1", "instantid", or one of the "faceid-" ones.
+        for_photos: Also the files that encode photos.
+        home: Folder of weights; by default $IDCORE_HOME, else ~/.cache/idcore.
+
+    Raises:
+        InputError: not a recipe of a system.
+        WeightsError: a file is not there; the text says how to get it.
+    """
+    r = recipe(name)
+    if not name.startswith(SYSTEMS):
+        raise InputError(f"{name} is no system; those are {', '.join(n for n in RECIPES if n.startswith(SYSTEMS))}")
+    found: dict[str, Any] = {"weights": _fetched_file(name, name, r.files[0].path, home)}
+    for other in r.needs if for_photos else ():
+        role, path = _ROLES.get(other, ("", ""))
+        if not role:
+            continue
+        for file in recipe(other).files:
+            if path in ("", file.path):
+                at = _fetched_file(name, other, file.path, home)
+                found[role] = at if path else at.parent
+    return found | ({"faces": str(found["faces"])} if "faces" in found else {})
+
+
+def _fetched_file(system: str, name: str, path: str, home: Any) -> Path:
+    at = usable(name, path, home)
+    if at is None:
+        raise WeightsError(
+            f"{system} was not fetched wholly: {name} has no {path} that can be read; run `idcore fetch {system} "
+            f"--needs --convert` (`idcore doctor {system}` says what is here), or pass your own files with --weights"
+        )
+    return at
 
 
 def load_system(

@@ -17,12 +17,12 @@ from idcore.systems.face_adapter import FaceAdapterConfig
 from idcore.systems.face_projectors import ProjectorConfig
 from idcore.systems.faceid import FaceID
 from idcore.systems.instantid import InstantID
-from idcore.systems.loading import load_system, system_of
+from idcore.systems.loading import fetched, load_system, system_of
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.testing.tiny_models import tiny_pipeline, tiny_unet
 from idcore.weights import write_safetensors
-from idcore.workflows import encode_photos
+from idcore.workflows import chosen_files, encode_photos
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,57 @@ def test_photo_to_pictures_with_a_faceid_that_reads_the_embedded_recogniser(tmp_
     (without,) = pictures(tmp_path / "c")
     assert np.array_equal(with_id, again) and not np.array_equal(with_id, without)
     assert Identity.load(tmp_path / "me.safetensors").system == "faceid"
+
+
+def test_a_fetched_recipe_brings_its_own_files(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("IDCORE_HOME", str(tmp_path))
+
+    def put(name, text="x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    with pytest.raises(WeightsError, match="pulid-v1.1 was not fetched wholly: .*idcore fetch pulid-v1.1 --needs"):
+        fetched("pulid-v1.1")
+    weights = put("pulid-v1.1/pulid_v1.1.safetensors")
+    assert fetched("pulid-v1.1", for_photos=False) == {"weights": weights}
+    with pytest.raises(WeightsError, match="eva-clip has no EVA02_CLIP_L_336_psz14_s6B.pt that can be read"):
+        fetched("pulid-v1.1")
+    rest = [put(n) for n in ("eva-clip/eva_clip.safetensors", "bisenet/parsing_bisenet.safetensors",
+                             "retinaface/retinaface.safetensors")]  # fmt: skip
+    for n in ("scrfd_10g_bnkps.onnx", "glintr100.onnx"):
+        put(f"antelopev2/{n}")
+    want = dict(zip(("vision", "parsing", "retinaface"), rest))
+    assert fetched("pulid-v1.1") == {"weights": weights, **want, "faces": str(tmp_path / "antelopev2")}
+    for n in ("buffalo-l/det_10g.onnx", "buffalo-l/w600k_r50.onnx", "clip-vit-h/config.json",
+              "clip-vit-h/model.safetensors",
+              "faceid-plusv2-sd15/ip-adapter-faceid-plusv2_sd15.safetensors"):  # fmt: skip
+        put(n)
+    plus = fetched("faceid-plusv2-sd15")
+    assert plus["vision"] == tmp_path / "clip-vit-h" and plus["faces"] == str(tmp_path / "buffalo-l")
+    with pytest.raises(InputError, match="eva-clip is no system; those are pulid-v1, pulid-v1.1, faceid-sd15"):
+        fetched("eva-clip")
+    # what is given counts more than what was fetched; the file there is no weights file
+    given = {"weights": files / "pulid.safetensors", "faces": "embedded", "vision": None}
+    assert chosen_files("pulid-v1.1", given, for_photos=True)["weights"] == files / "pulid.safetensors"
+    with pytest.raises(InputError, match='system must be "tiny" .embedded model., "auto", pulid, .* got .magic.'):
+        chosen_files("magic", given, for_photos=True)
+    put("instantid/instantid.safetensors")
+    bare = {"weights": None, "faces": "embedded"}
+    assert chosen_files("instantid", bare, for_photos=False)["weights"] == tmp_path / "instantid/instantid.safetensors"
+    assert chosen_files("faceid", bare, for_photos=False) == {"system": "faceid", **bare}
+
+
+def test_the_command_line_takes_a_recipe_for_a_system(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("IDCORE_HOME", str(tmp_path / "home"))
+    unet = tiny_unet("sdxl")
+    system = FaceID(FaceAdapterConfig.for_unet(unet, ProjectorConfig("faceid", 64, 4, 128)))
+    (tmp_path / "home/faceid-sdxl").mkdir(parents=True)
+    system.save(tmp_path / "home/faceid-sdxl/ip-adapter-faceid_sdxl.safetensors")
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "base")
+    system.encode(torch.randn(128)).save(tmp_path / "me.safetensors")
+    request = GenerateRequest(
+        prompt="x", out=tmp_path / "out", id=tmp_path / "me.safetensors", base=str(tmp_path / "base"),
+        system="faceid-sdxl", steps=1, width=16, height=16,
+    )  # fmt: skip
+    assert len(generate_pictures(request)) == 1
