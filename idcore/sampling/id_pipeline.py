@@ -128,6 +128,7 @@ class IDPipeline:
         """
         load = load_pipeline if config is None else functools.partial(load_single_file, config=config)
         pipe = load(base, local_files_only=local_files_only, torch_dtype=dtype, **options)
+        LatentDecoder(pipe.vae, vae_dtype)  # its weights must turn before they are offloaded
         _arrange(pipe, unet_weights, quantize, device, offload, compile)
         return cls(pipe, system, sampler=sampler, runner=runner, vae_dtype=vae_dtype, backend=backend)
 
@@ -147,7 +148,7 @@ class IDPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """Of the running or latest call; before the first, the one that calls copy."""
+        """Of the running call; else the one that calls copy."""
         return self._base_scheduler if self._job is None else self._job.scheduler
 
     @property
@@ -156,7 +157,7 @@ class IDPipeline:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Of the running or latest call."""
+        """Of the running call."""
         return self._job is not None and self._job.guided
 
     @property
@@ -252,8 +253,11 @@ class IDPipeline:
                 self.pipe, words, self._base_scheduler, num_inference_steps, guidance_scale, size, sizes, generator,
                 latents,
             )  # fmt: skip
-            with self._seat.taken(people, id_scale, id_masks, (id_guidance_start, id_guidance_end, id_schedule)):
-                made = self._run(job, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            try:
+                with self._seat.taken(people, id_scale, id_masks, (id_guidance_start, id_guidance_end, id_schedule)):
+                    made = self._run(job, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            finally:
+                self._job = None
             images = made if output_type == "latent" else self.decoder(made)
             self.pipe.maybe_free_model_hooks()
         if output_type != "latent":

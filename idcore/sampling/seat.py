@@ -48,6 +48,7 @@ class Seat:
         finally:
             if self.handle is not None:
                 self.handle.scale(0.0)
+                self.handle.schedule()
 
     def _sit(self, people: tuple[Any, ...]) -> None:
         if self.handle is None or not self.handle.attached:

@@ -27,7 +27,7 @@ class LatentDecoder:
         channels_last: weights and activations in that order, the faster one for convolutions.
 
     Raises:
-        InputError: unknown dtype.
+        InputError: unknown dtype, or weights that are offloaded layer by layer and would have to change.
     """
 
     def __init__(self, vae: nn.Module, dtype: str = "auto", channels_last: bool = True) -> None:
@@ -36,9 +36,12 @@ class LatentDecoder:
         wanted = vae.dtype if dtype == "auto" else DTYPES[dtype]
         if dtype == "auto" and wanted == torch.float16 and vae.config.force_upcast:
             wanted = torch.float32
-        self.vae = vae if vae.dtype == wanted else vae.to(dtype=wanted)
+        self.vae = vae
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        vae.to(memory_format=self.format)
+        if wanted != vae.dtype:
+            self._turn(wanted)
+        if not _streamed(vae):
+            vae.to(memory_format=self.format)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,13 +56,25 @@ class LatentDecoder:
                 "'bfloat16', or weights that are made for float16)",
                 stacklevel=2,
             )
-            self.vae.to(dtype=torch.float32)
+            self._turn(torch.float32)
             pictures = self._decode(latents)
         return pictures
+
+    def _turn(self, dtype: torch.dtype) -> None:
+        if _streamed(self.vae):
+            raise InputError(
+                f"the autoencoder's weights come layer by layer (sequential offload) in {self.dtype} and cannot turn to "
+                f"{dtype}; give vae_dtype together with offload: IDPipeline.from_pretrained turns them first"
+            )
+        self.vae.to(dtype=dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
         x = _unscaled(latents.to(self.dtype), self.vae.config).to(memory_format=self.format)
         return self.vae.decode(x, return_dict=False)[0]
+
+
+def _streamed(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())
 
 
 def _unscaled(latents: Tensor, config: Any) -> Tensor:

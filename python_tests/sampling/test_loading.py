@@ -112,6 +112,19 @@ def test_unets_that_do_not_fit_change_nothing(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
 
 
+def test_a_pipeline_that_is_offloaded_layer_by_layer(folder):
+    accelerate = pytest.importorskip("accelerate")
+    system = TinySystem(tiny_unet("sdxl", cross_attention_dim=32 + 48), options=AttentionOptions("ortho_v2", 4, 3))
+    plain = idcore.IDPipeline.from_pretrained(folder, system)
+    pipe = idcore.IDPipeline.from_pretrained(folder, system)
+    for part in (pipe.pipe.text_encoder, pipe.pipe.text_encoder_2, pipe.unet, pipe.pipe.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    pipe = idcore.IDPipeline(pipe.pipe, system)
+    how = dict(id_embeds=system.identity(), guidance_scale=2.0)
+    assert torch.equal(picture(pipe, **how), picture(plain, **how))
+    assert pipe("a dog", num_inference_steps=1).images[0].size == (16, 16)
+
+
 def test_offloading_needs_an_accelerator():
     pipe = tiny_pipeline("sdxl")
     with pytest.raises(InputError, match="offload must be None or one of model, sequential, got 'disk'"):

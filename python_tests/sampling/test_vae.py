@@ -67,3 +67,12 @@ def test_an_overflow_is_decoded_again_in_float32():
 def test_unknown_dtype():
     with pytest.raises(InputError, match="vae_dtype must be auto, float32, bfloat16, float16, got 'fp8'"):
         LatentDecoder(tiny_vae(), "fp8")
+
+
+def test_weights_that_are_offloaded_layer_by_layer():
+    accelerate = pytest.importorskip("accelerate")
+    vae = tiny_vae()
+    accelerate.cpu_offload(vae, execution_device=torch.device("cpu"))
+    assert (LatentDecoder(vae)(LATENTS) - stock(tiny_vae(), LATENTS)).abs().max() < 1e-5
+    with pytest.raises(InputError, match="cannot turn to torch.bfloat16; give vae_dtype together with offload"):
+        LatentDecoder(vae, "bfloat16")
