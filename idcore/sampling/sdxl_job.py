@@ -91,7 +91,7 @@ def make_job(
         InputError: counts or shapes that do not fit.
     """
     text, pooled = words
-    guided, device = is_guided(pipe, guidance), pipe._execution_device
+    guided, device = is_guided(pipe, guidance), text.device
     images = len(text) // (2 if guided else 1)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"num_inference_steps must be a whole number from 1, got {steps!r}")

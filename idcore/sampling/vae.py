@@ -45,7 +45,7 @@ class LatentDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vae.dtype
+        return next(self.vae.parameters()).dtype  # diffusers' own property walks through all modules
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Pictures in the dtype of the autoencoder, on its device."""
@@ -63,8 +63,8 @@ class LatentDecoder:
     def _turn(self, dtype: torch.dtype) -> None:
         if _streamed(self.vae):
             raise InputError(
-                f"the autoencoder's weights come layer by layer (sequential offload) in {self.dtype} and cannot turn to "
-                f"{dtype}; give vae_dtype together with offload: IDPipeline.from_pretrained turns them first"
+                f"the autoencoder's weights come layer by layer (sequential offload) in {self.dtype} and cannot turn "
+                f"to {dtype}; give vae_dtype together with offload: IDPipeline.from_pretrained turns them"
             )
         self.vae.to(dtype=dtype)
 
