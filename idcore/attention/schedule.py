@@ -19,8 +19,8 @@ class StepSchedule:
 
     Pass i of N acts where `start <= i / N` and `(i + 1) / N <= end`, as diffusers counts `control_guidance_start` and
     `_end`. Of m `values`, value `i * m // N` holds in pass i: one value per step also for samplers with two passes a
-    step. A pass is known by its timestep, looked up among the timesteps of the run; passes that share one share the factors
-    of the first of them.
+    step. A pass is known by its timestep, looked up among the timesteps of the run; passes that share one share the
+    factors of the first of them.
 
     Args:
         start, end: 0..1, a number or one per identity.
