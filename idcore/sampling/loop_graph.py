@@ -54,7 +54,8 @@ class LoopGraphs:
 
     Variable from one play to the next, without recording anew: latents, prompts, sizes, the weight of guidance, noise,
     scales, the schedule's factors, and the identities (their keys and values are copied to where the graph reads them).
-    Another shape, number of steps, sampler, mask, number of identities or tokens records another loop.
+    Another shape, number of steps, sampler, mask, number of identities or tokens records another loop. What else
+    happens to the UNet is not seen: after loading a LoRA or moving weights call `forget`.
 
     Args:
         unet: attached or not.
@@ -71,8 +72,17 @@ class LoopGraphs:
         self.kept.clear()
 
     def __call__(self, job: Job, conditionings: Sequence[Conditioning]) -> Tensor:
-        """The latents of a job. Scales of the conditionings must be tensors (`Conditioning.as_data`)."""
+        """The latents of a job.
+
+        Raises:
+            InputError: a conditioning whose scales are numbers (not `Conditioning.as_data`), which would stay fixed.
+        """
         for c in conditionings:
+            if not c.as_data:
+                raise InputError(
+                    "a recorded loop cannot follow identities that were attached to its UNet from outside; detach them "
+                    'and give id_embeds, or use runner="eager"'
+                )
             if c.plan is not None:
                 c.plan.prepare(job.latents.device)
         key = self._key(job, conditionings)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..attach import Handle, attach
+from ..attention.sites import unwrap
+from ..attention.stack import stack_of
 
 
 class Seat:
@@ -27,7 +29,7 @@ class Seat:
     @property
     def conditionings(self) -> list[Any]:
         """Everything that is attached to the UNet, by us or by others."""
-        return [] if self.handle is None else list(self.handle._stack.layers)
+        return list(stack_of(unwrap(self.owner.unet)).layers)
 
     def leave(self) -> None:
         """Take the identities off and drop their keys and values."""

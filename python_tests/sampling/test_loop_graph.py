@@ -99,6 +99,16 @@ def test_without_identities_and_with_one_that_has_no_uncond():
     assert len(recorded) == 2
 
 
+def test_identities_attached_from_outside_are_refused():
+    eager, graph, _ = two()
+    me = eager.system.identity()
+    for first in ({}, {"id_embeds": me}):
+        graph("a dog", num_inference_steps=1, output_type="latent", **first)
+        with idcore.attach(graph.unet, eager.system, me, cfg=False):
+            with pytest.raises(InputError, match="attached to its UNet from outside; detach them and give id_embeds"):
+                graph("a dog", num_inference_steps=1, **first)
+
+
 def test_no_callbacks_and_no_gpu():
     _, graph, _ = two()
     with pytest.raises(InputError, match="no callback between them"):
