@@ -46,7 +46,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idcore.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*ops.OPS, "ops"):
+    for name in (*ops.OPS, *ops.OWN_ROWS, "ops"):
         p = commands.add_parser(name, help="all ops" if name == "ops" else f"the op {name}")
         p.add_argument("--backend", default="cpu", help="the backend that is timed (default: cpu)")
         p.add_argument(
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.command in MODELS:
         report.update(_model_bench(options.command).run(options))
     else:
-        names = tuple(ops.OPS) if options.command == "ops" else (options.command,)
+        names = (*ops.OPS, *ops.OWN_ROWS) if options.command == "ops" else (options.command,)
         report.update(ops.run(options, names))
     if options.json:
         json.dump(report, sys.stdout, indent=1)

@@ -11,7 +11,7 @@ import torch
 from ..testing.loss_cases import SEMANTIC_CASES, TOKEN_LOSS_CASES
 from ..testing.stage_cases import STAGE_CASES
 from ..testing.timing import copy_bandwidth
-from . import id_attention, peak
+from . import align_face, id_attention, kv_bank, peak
 from .rows import measure
 
 
@@ -26,6 +26,9 @@ OPS: dict[str, Callable[[argparse.Namespace], Iterator[Any]]] = {
     "stage_tokens": _of(STAGE_CASES),
     "token_attention_loss": _of(TOKEN_LOSS_CASES),
 }
+
+# Ops without gradients of their own, with rivals of their own: all their rows at once.
+OWN_ROWS = {"align_face": align_face.rows, "kv_bank": kv_bank.rows}
 
 
 def run(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -44,8 +47,11 @@ def run(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
     rows = [
         measure(case, direction, options, device, peaks, bandwidth)
         for name in names
+        if name in OPS
         for case in OPS[name](options)
         for direction in options.passes
     ]
+    for name in names:
+        rows += OWN_ROWS[name](options, device, peaks, bandwidth) if name in OWN_ROWS else []
     measured = {dtype: rate and round(rate, 1) for dtype, rate in peaks.items()}
     return {"peak_gflops": measured, "copy_gb_per_s": round(bandwidth, 1), "clock": options.clock, "rows": rows}

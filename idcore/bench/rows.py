@@ -141,3 +141,17 @@ def measure(
         row |= {"what": parity.what, "error": parity.error, "limit": parity.limit}
     print(row, file=sys.stderr, flush=True)
     return row
+
+
+def figures(
+    head: dict[str, Any], error: float, limit: float, calls: Calls, floor: float, options: argparse.Namespace
+) -> dict[str, Any]:  # fmt: skip
+    """A row of an op with cases of its own: as `measure`, with the parity judged by the caller."""
+    row = {**head, "parity": error <= limit}
+    if row["parity"]:
+        clock = time.process_time if options.clock == "cpu" else time.perf_counter
+        row |= _figures(interleaved(calls, rounds=options.rounds, clock=clock), floor, bool(floor))
+    else:
+        row |= {"error": error, "limit": limit}
+    print(row, file=sys.stderr, flush=True)
+    return row
