@@ -1,6 +1,7 @@
 """The benchmark's JSON, its gate, and the parity rule that it stands on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_every_op_is_measured_in_both_directions(capsys, monkeypatch):
     for name in OPS:  # the real cases take a minute
         if name != "id_attention":
             monkeypatch.setitem(OPS, name, lambda options, draw=fuzz.DRAW[name]: iter([draw(1, "fp32")]))
-    monkeypatch.setattr(align_face, "CASES", align_face.CASES[1:3])
+    monkeypatch.setattr(align_face, "CASES", [replace(c, photo=(320, 240)) for c in align_face.CASES[:3:2]])
     monkeypatch.setattr(kv_bank, "LAYERS", 1)
     code, report = run(capsys, "ops", *SHORT, "--dtype", "fp32", "--merge", "ortho_v2")
     assert code == 0
