@@ -150,10 +150,10 @@ IDCORE_DEVICE void score(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
   }
 }
 
-// Moves the reference of one row to `top` and scales what was summed under the old one.
+// Moves the reference of one row to `top` and scales what was summed under the old one; `keep`: but not acc.
 template <int kHeadDim, bool kShare>
 IDCORE_DEVICE void rescale(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, int half, float top,
-                           float root) {
+                           float root, bool keep) {
   const float difference = state.top[half] - top;  // -infinity where nothing was summed
   const float old = exp2_fast(difference);
   state.sum[half] *= old;
@@ -163,6 +163,7 @@ IDCORE_DEVICE void rescale(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState
     state.first[half] *= old_unscaled;
   }
   state.top[half] = top;
+  if (keep) return;
   IDCORE_UNROLL
   for (int tile = 0; tile < Geometry<kHeadDim>::kTiles; ++tile) {
     acc[tile][2 * half] *= old;
@@ -174,7 +175,7 @@ IDCORE_DEVICE void rescale(float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState
 template <int kHeadDim, bool kShare>
 IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
                          float (&acc)[Geometry<kHeadDim>::kTiles][4], RowState& state, float factor,
-                         int first_tokens, float root, int lane) {
+                         int first_tokens, float root, int lane, bool keep) {
   using G = Geometry<kHeadDim>;
   IDCORE_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -183,7 +184,7 @@ IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
     for (int tile = 0; tile < 2 * G::kPairs; ++tile)
       largest = fmaxf(largest, fmaxf(s[tile][2 * half], s[tile][2 * half + 1]));
     const float top = row_max(largest) * factor;
-    if (top > state.top[half] + kHeadroom) rescale<kHeadDim, kShare>(acc, state, half, top, root);
+    if (top > state.top[half] + kHeadroom) rescale<kHeadDim, kShare>(acc, state, half, top, root, keep);
     const float base = state.top[half] == -INFINITY ? 0.f : state.top[half];  // all keys are masked out
     float sum = 0.f, sum_unscaled = 0.f, got = 0.f;
     IDCORE_UNROLL
@@ -204,6 +205,21 @@ IDCORE_DEVICE void weigh(float (&s)[2 * Geometry<kHeadDim>::kPairs][4],
     state.sum[half] += sum;
     if (kShare) state.sum_unscaled[half] += sum_unscaled;
     if (kShare) state.first[half] += got;
+  }
+}
+
+// Weights of a row to `gain` in sum.
+template <int kHeadDim>
+IDCORE_DEVICE void weigh_to(float (&s)[2 * Geometry<kHeadDim>::kPairs][4], const RowState& state,
+                            const float (&gain)[2]) {
+  IDCORE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float by = gain[half] / row_sum(state.sum[half]);
+    IDCORE_UNROLL
+    for (int tile = 0; tile < 2 * Geometry<kHeadDim>::kPairs; ++tile) {
+      s[tile][2 * half] *= by;
+      s[tile][2 * half + 1] *= by;
+    }
   }
 }
 
@@ -271,14 +287,16 @@ IDCORE_DEVICE void store_vector(uint16_t* to, const Vector16& x, bool aligned) {
 template <int kHeadDim>
 IDCORE_DEVICE void write_rows(uint16_t* matrix, int64_t stride, const uint16_t* rows, int first, int count,
                               bool aligned, int lane) {
-  using G = Geometry<kHeadDim>;
-  constexpr int kVectors = kHeadDim / 8;
-  for (int v = lane; v < kWarpRows * kVectors; v += 32) {
-    const int row = v / kVectors;
-    const int column = v % kVectors * 8;
-    if (first + row >= count) continue;
-    const Vector16 x = *reinterpret_cast<const Vector16*>(rows + row * G::kPitch + column);
-    store_vector(matrix + (first + row) * stride + column, x, aligned);
+  constexpr int kVectors = kHeadDim / 8, kPass = 32 / kVectors;
+  const int row = lane / kVectors, column = lane % kVectors * 8;
+  if (row >= kPass) return;
+  const uint16_t* from = rows + row * Geometry<kHeadDim>::kPitch + column;
+  uint16_t* to = matrix + (first + row) * stride + column;
+  const int end = count - first < kWarpRows ? count - first : kWarpRows;
+  for (int r = row; r < end; r += kPass) {
+    store_vector(to, *reinterpret_cast<const Vector16*>(from), aligned);
+    from += kPass * Geometry<kHeadDim>::kPitch;
+    to += kPass * stride;
   }
 }
 

@@ -71,6 +71,10 @@ V2 = BASE.with_(merge="ortho_v2")
 TWO = dict(li=(5, 32), rows=(1, 2), scale=(0.7, -0.4), b=2)
 CASES = {  # the call, warps of a block; where one launch does ortho: its blocks, and the tiles that each keeps
     "add": (BASE, 2),
+    "add, identities of one block of keys and of more": (
+        BASE.with_(li=(4, 37, 32, 0), rows=(1,) * 4, scale=(0.5, -0.7, 1.0, 0.3), zero=3, mask=True, lq=20),
+        1,
+    ),
     "ortho": (BASE.with_(merge="ortho", **TWO, mask=True), 1),
     "ortho_v2, six warps": (V2.with_(h=1, lq=130), 6),
     "bfloat16 ortho_v2": (V2.with_(dtype=torch.bfloat16, scale="tensor"), 2),
