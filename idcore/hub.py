@@ -59,10 +59,8 @@ def fetch(
     """
     root, r = Path(home or default_home()), recipe(name)
     transport = transport or HubTransport()
-    if r.restricted and not accept_licence:
-        raise InputError(
-            f"{name}: {r.licence}. Read the publishers' terms; if they allow your use, fetch with --accept-licence"
-        )
+    if not accept_licence:
+        require_accepted(name)
     say(f"{name}: {r.what}; licence: {r.licence}")
     commits: dict[str, str] = {}
     with _alone(root, name):
@@ -90,6 +88,15 @@ def _alone(root: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def require_accepted(name: str) -> None:
+    """Raise InputError where a recipe's terms have to be accepted first."""
+    if recipe(name).restricted:
+        raise InputError(
+            f"{name}: {recipe(name).licence}. Read the publishers' terms; if they allow your use, fetch with "
+            "--accept-licence"
+        )
 
 
 def _one(

@@ -140,6 +140,8 @@ def fetch_weights(
     names = list(dict.fromkeys(names))
     if bundle is not None:
         return [str(export_bundle(names, bundle, home))]
+    for name in () if accept_licence else names:  # before anything large is on its way
+        hub.require_accepted(name)
     options = {"home": home, "accept_licence": accept_licence, "convert": convert, "say": say}
     return [str(hub.fetch(name, **options)) for name in names]
 

@@ -183,6 +183,8 @@ def test_command_line(toy, tmp_path, monkeypatch):
 
     assert "pulid-v1.1" in run("fetch")[1] and "sdxl-lightning" in run("fetch")[1]
     assert run("doctor", "toy", "--home", tmp_path)[0] == 1
+    refused = run("fetch", "toy", "--needs", "--home", tmp_path)[2]
+    assert "other: MIT. Read the publishers' terms" in str(refused) and not (tmp_path / "toy").exists()
     assert run("fetch", "toy", "--needs", "--accept-licence", "--home", tmp_path)[1].split() == [
         str(tmp_path / "other"), str(tmp_path / "toy")]  # fmt: skip
     status, out, _ = run("doctor", "toy", "--json", "--home", tmp_path)
