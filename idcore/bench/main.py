@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..env import command_line, machine
-from . import id_attention, ops, peak, rows
+from . import id_attention, ops, peak, roofline, rows
 from .gpu import main as gpu
 
 # Benchmarks of whole models: they need diffusers, which the others do not.
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
+    roofline.add_arguments(commands.add_parser("roofline", help="plot and table of reports that are there"))
     gpu.add_arguments(commands.add_parser("gpu", help="build, test, sanitize and time the GPU kernels"))
     for name, about in MODELS.items() if importlib.util.find_spec("diffusers") else ():
         _model_bench(name).add_arguments(commands.add_parser(name, help=about))
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("bench: --clock cpu adds up all threads and their waiting; use it with --threads 1")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.command == "gpu":
-        return gpu.run(options)
+    if options.command in ("gpu", "roofline"):
+        return (gpu if options.command == "gpu" else roofline).run(options)
     torch.set_grad_enabled(False)
     report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
     if options.command == "peak":

@@ -69,15 +69,22 @@ def _calls(case: Any, options: argparse.Namespace, direction: str, backend: str,
     return calls
 
 
-def floor_ms(case: Any, direction: str, gflops: float | None, gb_per_s: float) -> float:
-    """What the machine needs at the least: arithmetic on a CPU, whose caches hold a layer; bytes where gflops is None.
+def work(case: Any, direction: str) -> dict[str, int]:
+    """Operations and bytes that cannot be avoided.
 
     Backward reads the inputs and the gradient and writes as many gradients: twice forward's bytes.
     """
-    flops = case.flops if direction == "fwd" else case.backward_flops
-    if gflops and flops:
-        return flops / gflops * 1e-6
-    return case.bytes * (1 if direction == "fwd" else 2) / gb_per_s * 1e-6
+    if direction == "fwd":
+        return {"flops": case.flops, "bytes": case.bytes}
+    return {"flops": case.backward_flops, "bytes": 2 * case.bytes}
+
+
+def floor_ms(case: Any, direction: str, gflops: float | None, gb_per_s: float) -> float:
+    """What the machine needs at the least: on a CPU, whose caches hold a layer, arithmetic; else, gflops None, bytes."""
+    done = work(case, direction)
+    if gflops and done["flops"]:
+        return done["flops"] / gflops * 1e-6
+    return done["bytes"] / gb_per_s * 1e-6
 
 
 def _figures(times: dict[str, Timing], floor: float, share: bool) -> dict[str, Any]:
@@ -136,6 +143,7 @@ def measure(
         calls = _calls(case, options, direction, backend, device)
         times = interleaved(calls, rounds=options.rounds, device=device, clock=clock)
         floor = floor_ms(case, direction, peaks[case.dtype], gb_per_s)
+        row |= work(case, direction)
         row |= _figures(times, floor, bool(peaks[case.dtype] and case.flops))
     else:
         row |= {"what": parity.what, "error": parity.error, "limit": parity.limit}
