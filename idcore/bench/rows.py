@@ -80,7 +80,7 @@ def work(case: Any, direction: str) -> dict[str, int]:
 
 
 def floor_ms(case: Any, direction: str, gflops: float | None, gb_per_s: float) -> float:
-    """What the machine needs at the least: on a CPU, whose caches hold a layer, arithmetic; else, gflops None, bytes."""
+    """What the machine needs at the least: on a CPU, whose caches hold a layer, arithmetic; with gflops None bytes."""
     done = work(case, direction)
     if gflops and done["flops"]:
         return done["flops"] / gflops * 1e-6

@@ -76,9 +76,8 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _widened(given: dict[str, Any]) -> dict[str, Any]:
+def _widened(given: dict[str, Any], kept: tuple[str, ...] = ("id_scale", "id_mask", "text_bias")) -> dict[str, Any]:
     """Inputs in float64; scales, masks and biases stay: every backend takes them in float32."""
-    kept = ("id_scale", "id_mask", "text_bias", "tokens")
     return {name: value if name in kept else _double(value) for name, value in given.items()}
 
 
