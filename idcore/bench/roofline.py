@@ -135,9 +135,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for r in rows:
         if "ms" not in r:
             continue
+        size, done = (f"{r[key] / unit:.2f}" if r.get(key) else "" for key, unit in (("bytes", 1e6), ("flops", 1e9)))
         cells = [
-            f"{r['op']} {r['pass']}", r["case"], r["dtype"], r["merge"] or "", r["backend"], f"{r['bytes'] / 1e6:.1f}",
-            f"{r['flops'] / 1e9:.2f}", f"{r['floor_ms']:.2f}", f"{r['ms']:.2f}", f"{r['floor_ms'] / r['ms']:.0%}",
+            f"{r['op']} {r['pass']}", r["case"], r["dtype"], r["merge"] or "", r["backend"], size, done,
+            f"{r['floor_ms']:.2f}", f"{r['ms']:.2f}", f"{r['floor_ms'] / r['ms']:.0%}",
             r["ratio"].get("eager", ""), r["ratio"].get("compiled", ""),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -44,8 +44,8 @@ class Tally:
 
 def smaller(case: Any) -> Any:
     """At most two samples, two heads and about 65 rows: what an interpreter runs in a fraction of a second."""
-    if case.op == "stage_tokens":
-        return case
+    if case.op == "stage_tokens":  # small as it is; Triton's interpreter cuts to bfloat16 where a GPU rounds
+        return case.with_(dtype="fp16") if case.dtype == "bf16" else case
     batch = min(case.batch, 2)
     changes = {"batch": batch, "heads": min(case.heads, 2), "lq": min(case.lq, 66), "lt": min(case.lt, 78)}
     for name in ("text_batch", "id_batch", "ref_batch"):

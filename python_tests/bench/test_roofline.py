@@ -40,5 +40,5 @@ def test_the_command_draws_and_prints(tmp_path, capsys):
     assert image.getpixel((x, y)) == blue, "no disc where the row stands"
     text = capsys.readouterr().out
     assert (
-        "| id_attention fwd | sdxl-4096x640 | fp32 | add | cpu | 20.0 | 1.00 | 2.00 | 4.00 | 50% | 3.5 | 3.1 |" in text
+        "| id_attention fwd | sdxl-4096x640 | fp32 | add | cpu | 20.00 | 1.00 | 2.00 | 4.00 | 50% | 3.5 | 3.1 |" in text
     )

@@ -17,7 +17,7 @@ BACKENDS = {
     "stage_tokens": ("cpu", "reference"),
     "token_attention_loss": ("cpu", "reference"),
 }
-INTERPRETED = ("id_attention", "semantic_alignment", "token_attention_loss")
+INTERPRETED = tuple(fuzz.DRAW)
 PAIRS = [(op, backend) for op, backends in BACKENDS.items() for backend in backends]
 
 
