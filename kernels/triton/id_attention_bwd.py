@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .id_attention import mean_share
 from .tiles import (
     attend_known,
     channel_vector,
@@ -148,7 +149,7 @@ def rows_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, H, B). DSHARE: da [n, B, LQ], of the share's mean. Fills DQ, DH, deltas, DSCALE, and
+    """Grid (tiles, H, B). DSHARE: of `coupling_kernel`. Fills DQ, DH, deltas, DSCALE, and
     GOT and DA: each head's share and its gradient.
     """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -182,7 +183,7 @@ def rows_kernel(
         da = lse
         if MERGE == 2:
             lse_u = row_values(LSE_U, at, inside)
-            da = row_values(DSHARE, (j * tl.num_programs(2) + b) * LQ + rows, inside) / heads
+            da = mean_share(DSHARE, j, b, rows, LQ, 4)  # of the sum over heads, since a is the mean of the shares
         i, got, lu = attend_known(q, k, v, ski[j], svi[j], LI[j], None, 0, NZ, NG, lse, lse_u, BI[j], D, BD, BM,
                               ROOT,
                               MERGE == 2, UPCAST)  # fmt: skip
@@ -277,27 +278,3 @@ def keys_kernel(
     base = (tl.program_id(1) * n_bh + bh) * count * D
     store_tile(DK + base, dk, cols, count, D, 1, D, BD)
     store_tile(DV + base, dv, cols, count, D, 1, D, BD)
-
-
-@triton.jit
-def fold_kernel(PART, OUT, STAGE, sstage, size, chunks, batch, DIV, ROWS, BLOCK: tl.constexpr):
-    """Grid (ceil(size / BLOCK), rows of OUT). OUT [S * ROWS, size]: sums of PART, float32 [chunks, batch, size].
-
-    Row s * ROWS + t takes the samples t * DIV.. t * DIV + DIV - 1, with STAGE only those in stage s; a fixed order of
-    adding.
-    """
-    row = tl.program_id(1)
-    stage, first = row // ROWS, (row % ROWS).to(tl.int64) * DIV
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, DIV):
-        b = first + i
-        keep = inside
-        if STAGE is not None:
-            picked = tl.minimum(tl.maximum(tl.load(STAGE + b * sstage[0]), 0), sstage[1] - 1)
-            keep = cols < tl.where(picked == stage, size, 0)
-        for c in range(0, chunks):
-            at = (b + c * batch) * size
-            total += tl.load(PART + at + cols, mask=keep, other=0.0)
-    tl.store(OUT + row.to(tl.int64) * size + cols, total.to(OUT.dtype.element_ty), mask=inside)

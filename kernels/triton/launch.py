@@ -99,7 +99,8 @@ class Plan:
 
     def key_tiles(self, block: int) -> dict:
         """How text and identity keys are cut into blocks."""
-        if not (INTERPRETED or tuning.unrolled(self.a.q.element_size(), self.bd)):
+        unrolled = self.a.text_bias is None and tuning.unrolled(self.a.q.element_size(), self.bd)
+        if not (INTERPRETED or unrolled):
             blocks = self.key_blocks(block)
             return dict(TT=(blocks["BT"], -1, 0), TI=tuple((n, -1, 0) for n in blocks["BI"] or ()) or None)
         id_tiles = tuple(tuning.split(k.shape[2], block) for k in self.a.k_id)

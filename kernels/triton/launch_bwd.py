@@ -7,6 +7,7 @@ from torch import Tensor
 
 import triton
 
+from . import fold as fold_kernels
 from . import id_attention as fwd
 from . import id_attention_bwd as kernels
 from . import tuning
@@ -46,7 +47,9 @@ def _nothing(p: Plan):
 
 
 def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h, the gradient of num (of -den: times alpha) [n, B, H, D], and that of a [n, B, Lq]."""
+    """h, the gradient of num (of -den: times alpha) [n, B, H, D], and each head's part of that of a,
+    [n, B, H, Lq].
+    """
     t = p.tile("coupling")
     tiles = triton.cdiv(p.lq, t.rows)
     c = p.common() | p.key_blocks(t.keys)
@@ -61,9 +64,13 @@ def _coupling(p: Plan, g: Tensor, s: Stats) -> tuple[Tensor, Tensor, Tensor | No
         PART=part,
         DSHARE=dshare, sg=g.stride(), BM=t.rows,
     )  # fmt: skip
-    zero = s.den == 0
-    dnum = torch.where(zero, 0.0, part.sum(0) / torch.where(zero, 1.0, s.den))
-    return ht, dnum, None if dshare is None else dshare.sum(2)
+    dnum = torch.empty_like(s.den)
+    block = tuning.padded(p.d) if not INTERPRETED else triton.next_power_of_2(dnum.numel())
+    start(
+        fold_kernels.quotient_kernel, (triton.cdiv(dnum.numel(), block),), dict(num_warps=4), PART=part, DEN=s.den,
+        OUT=dnum, tiles=tiles, count=dnum.numel(), BT=16, BLOCK=block,
+    )  # fmt: skip
+    return ht, dnum, dshare
 
 
 def _rows(p: Plan, g: Tensor, s: Stats, ht: Tensor | None, dnum: Tensor | None, dshare: Tensor | None):
@@ -103,7 +110,7 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, shares=None) -> tuple[Tensor,
     block = min(t.keys, tuning.padded(count))
     blocks = triton.cdiv(count, block)
     chunks, per = _chunks(p, blocks, t.rows)
-    dk, dv = p.empty(chunks, p.b, p.h, count, p.d), p.empty(chunks, p.b, p.h, count, p.d)
+    part = p.empty(2, chunks, p.b, p.h, count, p.d)
     c = p.common()
     v2 = j is not None and p.merge == fwd.ORTHO_V2
     only_text = "STAGE BIAS sstage sbank sbias".split()
@@ -114,32 +121,36 @@ def _keys(p: Plan, g, lse, delta, j, side, s=None, shares=None) -> tuple[Tensor,
         kernels.keys_kernel, (blocks, chunks, p.b * p.h), dict(num_warps=t.warps, num_stages=t.stages),
         **(text if j is None else ident), **(side or dict(HT=None, DNUM=None)),
         Q=a.q, K=k, V=v, G=g, LSE=lse, LSE_U=s.lse_unscaled[j] if v2 else None,
-        DA=shares[1][j] if v2 else None, DELTA=delta, GOT=shares[0][j] if v2 else None, DK=dk, DV=dv,
+        DA=shares[1][j] if v2 else None, DELTA=delta, GOT=shares[0][j] if v2 else None, DK=part[0], DV=part[1],
         sq=a.q.stride(), sk=k.stride()[-4:], sv=v.stride()[-4:], sg=g.stride(), DIVK=p.b // k.shape[-4],
         DIVV=p.b // v.shape[-4], heads=p.h, batch=p.b, LQ=p.lq, count=count, NG=a.num_global, per_chunk=per,
         J=j or 0, IDENTITY=j is not None, MERGE=p.merge, D=p.d, BD=p.bd, BM=t.rows, BN=block,
         ROOT=float(p.d) ** 0.5, UPCAST=p.upcast,
     )  # fmt: skip
     stage = text if j is None else ident
-    return tuple(fold(part, t, stage["STAGE"], stage["sstage"]) for part, t in ((dk, k), (dv, v)))
+    if k.shape == v.shape:
+        return fold(part, (k, v), stage["STAGE"], stage["sstage"])
+    return tuple(fold(x[None], (t,), stage["STAGE"], stage["sstage"])[0] for x, t in zip(part, (k, v)))
 
 
-def fold(part: Tensor, like: Tensor, stage: Tensor | None = None, sstage: tuple[int, int] | None = None) -> Tensor:
-    """Sum over chunks and over the samples that shared a row of `like`, in its dtype.
+def fold(
+    part: Tensor, likes: tuple[Tensor, ...], stage: Tensor | None = None, sstage: tuple[int, int] | None = None
+) -> tuple[Tensor, ...]:
+    """Sum over chunks and over the samples that shared a row, in the dtype of `likes`, by one kernel.
 
     Args:
-        part: float32 [chunks, B, H, L, D].
-        like: [Bi, H, L, D], or a bank [S, Bi, H, L, D].
+        part: float32 [1 or 2, chunks, B, H, L, D], one for each of `likes`.
+        likes: one or two of the shape [Bi, H, L, D], or banks [S, Bi, H, L, D].
         stage: which entry of the bank each sample read. int32; the rest of the bank becomes 0.
         sstage: stride of `stage` (0: one for all) and S.
     """
-    chunks, b = part.shape[:2]
-    size, rows = part[0, 0].numel(), like.shape[-4]
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    _, chunks, b = part.shape[:3]
+    size, rows = part[0, 0, 0].numel(), likes[0].shape[-4]
+    outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes]
     block = FOLD_BLOCK if not INTERPRETED else triton.next_power_of_2(size)
     start(
-        kernels.fold_kernel, (triton.cdiv(size, block), out.numel() // size), dict(num_warps=4),
-        PART=part, OUT=out, STAGE=stage, sstage=sstage, size=size, chunks=chunks, batch=b, DIV=b // rows, ROWS=rows,
-        BLOCK=block,
+        fold_kernels.fold_kernel, (triton.cdiv(size, block), outs[0].numel() // size, len(outs)), dict(num_warps=4),
+        PART=part, OUT=outs[0], OUT2=outs[1] if len(outs) > 1 else None, STAGE=stage, sstage=sstage, size=size,
+        chunks=chunks, batch=b, DIV=b // rows, ROWS=rows, BLOCK=block,
     )  # fmt: skip
-    return out
+    return tuple(outs)

@@ -60,9 +60,8 @@ def backward(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor) -> tuple
     lt = k.shape[2]
     block = min(t.keys, tuning.padded(lt))
     blocks = triton.cdiv(lt, block)
-    delta = (g.float() * out.float()).sum(-1)
     dq = new_out(q)
-    given = dict(G=g, LSE=lse, DELTA=delta, sg=g.stride(), BM=t.rows, BN=block, DQ=dq, sdq=dq.stride())
+    given = dict(G=g, LSE=lse, OUT=out, sg=g.stride(), BM=t.rows, BN=block, DQ=dq, sdq=dq.stride())
     if blocks > 1:
         start(kernels.image_kernel, (triton.cdiv(lq, t.rows), h, b), options, **shared, **given)
         given |= dict(DQ=None, sdq=None)
@@ -70,4 +69,4 @@ def backward(q: Tensor, k: Tensor, g: Tensor, out: Tensor, lse: Tensor) -> tuple
     dk = torch.empty(chunks, b, h, lt, d, device=q.device)
     grid = (blocks, chunks, b * h)
     start(kernels.text_kernel, grid, options, **shared, **given, DK=dk, heads=h, per_chunk=per)
-    return dq, fold(dk, k)
+    return dq, fold(dk[None], (k,))[0]

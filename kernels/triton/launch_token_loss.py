@@ -60,4 +60,4 @@ def backward(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor, rows: Tensor, 
     dk = torch.empty(chunks, b, h, k.shape[2], d, device=q.device)
     start(kernels.loss_keys_kernel, (blocks, chunks, b * h), options, **arguments, **given, DK=dk, heads=h,
           per_chunk=per * arguments["BM"])  # fmt: skip
-    return dq, fold(dk, k)
+    return dq, fold(dk[None], (k,))[0]

@@ -63,20 +63,23 @@ def join_kernel(PART, LSE, OUT, TOTAL, count, chunks, D: tl.constexpr, BD: tl.co
 
 
 @triton.jit
-def weights(q, K, G, LSE, DELTA, sk, sg, start, LT, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+def weights(q, K, G, OUT, LSE, sk, sg, start, LT, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
             ROOT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Image rows q against text block `start`: P and the logits' gradient, both [rows, BN], and dout."""
+    """Image rows q against text block `start`: P and the logits' gradient, both [rows, BN], and dout.
+
+    OUT: the result, contiguous [LT, D].
+    """
     x, cols = logits(q, K, sk, start, LT, None, 0, D, BD, BN, ROOT, UPCAST)
     lse = tl.load(LSE + cols, mask=cols < LT, other=0.0)
-    delta = tl.load(DELTA + cols, mask=cols < LT, other=0.0)
     p = tl.exp2(x - lse[None, :])
     g = load_tile(G, cols, LT, sg[2], sg[3], D, BD, UPCAST)
+    delta = tl.sum(g.to(tl.float32) * load_tile(OUT, cols, LT, D, 1, D, BD, True), 1)
     dp = tl.dot(q, tl.trans(g), input_precision="ieee")
     return p, p * (dp - delta[None, :]) / ROOT, g, cols
 
 
 @triton.jit
-def image_kernel(Q, K, G, DQ, LSE, DELTA, sq, sk, sg, sdq, DIV, LQ, LT, D: tl.constexpr, BD: tl.constexpr,
+def image_kernel(Q, K, G, OUT, DQ, LSE, sq, sk, sg, sdq, DIV, LQ, LT, D: tl.constexpr, BD: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, ROOT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Grid (image tiles, H, B): dq, both as key and as value."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -86,7 +89,7 @@ def image_kernel(Q, K, G, DQ, LSE, DELTA, sq, sk, sg, sdq, DIV, LQ, LT, D: tl.co
     k, g = K + b // DIV * sk[0] + head * sk[1], G + b * sg[0] + head * sg[1]
     dq = tl.zeros([BM, BD], tl.float32)
     for start in range(0, LT, BN):
-        p, ds, grad, cols = weights(q, k, g, LSE + at, DELTA + at, sk, sg, start, LT, D, BD, BN, ROOT,
+        p, ds, grad, cols = weights(q, k, g, OUT + at * D, LSE + at, sk, sg, start, LT, D, BD, BN, ROOT,
                                     UPCAST)  # fmt: skip
         keys = load_tile(k, cols, LT, sk[2], sk[3], D, BD, UPCAST)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
@@ -95,7 +98,7 @@ def image_kernel(Q, K, G, DQ, LSE, DELTA, sq, sk, sg, sdq, DIV, LQ, LT, D: tl.co
 
 
 @triton.jit(do_not_specialize=["per_chunk"])
-def text_kernel(Q, K, G, DK, DQ, LSE, DELTA, sq, sk, sg, sdq, DIV, heads, LQ, LT, per_chunk, D: tl.constexpr,
+def text_kernel(Q, K, G, OUT, DK, DQ, LSE, sq, sk, sg, sdq, DIV, heads, LQ, LT, per_chunk, D: tl.constexpr,
                 BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROOT: tl.constexpr,
                 UPCAST: tl.constexpr):  # fmt: skip
     """Grid (text blocks, chunks, B*H): parts of dk, float32 [chunks, B, H, LT, D]; dq too if DQ is given.
@@ -111,7 +114,7 @@ def text_kernel(Q, K, G, DK, DQ, LSE, DELTA, sq, sk, sg, sdq, DIV, heads, LQ, LT
     for row in range(first, tl.minimum(first + per_chunk, LQ), BM):
         rows = row + tl.arange(0, BM)
         q = load_tile(Q + b * sq[0] + head * sq[1], rows, LQ, sq[2], sq[3], D, BD, UPCAST)
-        p, ds, grad, cols = weights(q, k, g, LSE + bh * LT, DELTA + bh * LT, sk, sg, start, LT, D, BD, BN,
+        p, ds, grad, cols = weights(q, k, g, OUT + bh * LT * D, LSE + bh * LT, sk, sg, start, LT, D, BD, BN,
                                     ROOT, UPCAST)  # fmt: skip
         if DQ is not None:
             keys = load_tile(k, cols, LT, sk[2], sk[3], D, BD, UPCAST)

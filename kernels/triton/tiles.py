@@ -63,16 +63,20 @@ def identity_scale(SCALE, sscale, j: tl.constexpr, b):
 
 
 @triton.jit
+def kept_stage(STAGE, sstage, b):
+    """(stride of the index, number of stages) = sstage: the stage of sample b, inside the bank."""
+    return tl.minimum(tl.maximum(tl.load(STAGE + b * sstage[0]), 0), sstage[1] - 1)
+
+
+@triton.jit
 def text_tensor(T, st, div, bank, STAGE, sstage, b, head):
     """Where the text's keys or values of sample b and this head begin.
 
-    With a stage bank, `bank` elements lie from stage to stage, sstage is (stride of the index, number of stages), and
-    the index is read here and kept inside the bank.
+    With a stage bank, `bank` elements lie from stage to stage; the index is read here.
     """
     base = T + b // div * st[0] + head * st[1]
     if STAGE is not None:
-        at = tl.load(STAGE + b * sstage[0])
-        base += tl.minimum(tl.maximum(at, 0), sstage[1] - 1).to(tl.int64) * bank
+        base += kept_stage(STAGE, sstage, b).to(tl.int64) * bank
     return base
 
 

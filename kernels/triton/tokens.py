@@ -8,11 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def kept_stage(STAGE, sstage, b):
-    """(stride of the index, number of stages) = sstage: the stage of sample b, inside the bank."""
-    return tl.minimum(tl.maximum(tl.load(STAGE + b * sstage[0]), 0), sstage[1] - 1)
+from .tiles import kept_stage
 
 
 @triton.jit

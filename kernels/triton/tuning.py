@@ -38,7 +38,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("rows", 4, 32): Tile(16, 32, 4, 1),
         ("rows", 4, 64): Tile(16, 32, 4, 1),
         ("rows", 4, 128): Tile(16, 16, 8, 1),
-        ("coupling", 2, 128): Tile(32, 32, 4, 1),
+        ("coupling", 2, 128): Tile(32, 32, 8, 1),
         ("loss", 2, 16): Tile(64, 128, 8, 1),
         ("loss", 2, 32): Tile(64, 128, 8, 1),
         ("loss", 2, 64): Tile(64, 128, 8, 1),
@@ -46,7 +46,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("loss", 2, 256): Tile(32, 32, 8, 1),
         ("loss_bwd", 2, 16): Tile(32, 128, 8, 1),
         ("loss_bwd", 2, 32): Tile(32, 128, 8, 1),
-        ("loss_bwd", 2, 64): Tile(32, 128, 8, 1),
+        ("loss_bwd", 2, 64): Tile(32, 64, 8, 1),
         ("loss_bwd", 2, 128): Tile(32, 64, 8, 1),
         ("loss_bwd", 2, 256): Tile(16, 32, 8, 1),
         ("text", 2, 16): Tile(32, 128, 8, 1),
@@ -80,8 +80,8 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
     },
     # 77 tokens in one block, so that one kernel gives dq and dk: with wgmma and tcgen05 the tiles of K and the gradient
     # stay in shared memory; with mma.sync they would be held in registers, and spill
-    "sm90": {("text", 2, 64): Tile(32, 128, 8, 1)},
-    "sm100": {("text", 2, 64): Tile(32, 128, 8, 1)},
+    "sm90": {("text", 2, 64): Tile(32, 128, 8, 1), ("loss_bwd", 2, 64): Tile(32, 128, 8, 1)},
+    "sm100": {("text", 2, 64): Tile(32, 128, 8, 1), ("loss_bwd", 2, 64): Tile(32, 128, 8, 1)},
 }
 # Under the interpreter every block costs the same whatever its size, so tiles are few and big.
 INTERPRETED = Tile(256, 128, 4, 1)

@@ -20,7 +20,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR = {80: "HMMA.16816", 90: ("HGMMA", "HMMA.16816"), 100: ("UTCHMMA", "HMMA.16816")}
 # kernels without a matrix product; and those of wide tiles, which must use the generation's own instruction at D = 64
-NO_PRODUCT = {"merge_kernel", "fold_kernel", "join_kernel", "tokens_kernel", "tokens_grad_kernel",
+NO_PRODUCT = {"merge_kernel", "fold_kernel", "quotient_kernel", "join_kernel", "tokens_kernel", "tokens_grad_kernel",
               "embeddings_grad_kernel"}  # fmt: skip
 WIDE = {"forward_kernel", "keys_kernel", "loss_kernel", "loss_keys_kernel", "gather_kernel", "text_kernel"}
 OWN = {80: "HMMA.16816", 90: "HGMMA", 100: "UTCHMMA"}
