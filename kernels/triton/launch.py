@@ -99,8 +99,7 @@ class Plan:
 
     def key_tiles(self, block: int) -> dict:
         """How text and identity keys are cut into blocks."""
-        unrolled = self.a.text_bias is None and tuning.unrolled(self.a.q.element_size(), self.bd)
-        if not (INTERPRETED or unrolled):
+        if not (INTERPRETED or tuning.unrolled(self.a.q.element_size(), self.bd)):
             blocks = self.key_blocks(block)
             return dict(TT=(blocks["BT"], -1, 0), TI=tuple((n, -1, 0) for n in blocks["BI"] or ()) or None)
         id_tiles = tuple(tuning.split(k.shape[2], block) for k in self.a.k_id)
@@ -137,7 +136,7 @@ def forward_stats(a, out: Tensor | None = None) -> tuple[Tensor, Stats]:
 
 def _forward(p: Plan, out: Tensor, s: Stats) -> Tensor:
     """Fills `out` and the tensors of `s`."""
-    t = p.tile("forward")
+    t = p.tile("forward" if p.a.text_bias is None else "forward_bias")
     tiles = triton.cdiv(p.lq, t.rows)
     two = p.merge != kernels.ADD
     ht = p.empty(p.b, p.h, p.lq, p.d, dtype=p.between) if two else None

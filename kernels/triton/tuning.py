@@ -25,6 +25,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("forward", 2, 64): Tile(64, 64, 4, 2),
         ("forward", 2, 128): Tile(32, 64, 4, 2),
         ("forward", 2, 256): Tile(32, 32, 8, 2),
+        ("forward_bias", 2, 64): Tile(32, 64, 4, 2),
         ("forward", 4, 16): Tile(16, 32, 4, 1),
         ("forward", 4, 32): Tile(16, 32, 4, 1),
         ("forward", 4, 64): Tile(16, 32, 4, 1),
@@ -38,7 +39,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("rows", 4, 32): Tile(16, 32, 4, 1),
         ("rows", 4, 64): Tile(16, 32, 4, 1),
         ("rows", 4, 128): Tile(16, 16, 8, 1),
-        ("coupling", 2, 128): Tile(32, 32, 8, 1),
+        ("coupling", 2, 128): Tile(64, 32, 8, 1),
         ("loss", 2, 16): Tile(64, 128, 8, 1),
         ("loss", 2, 32): Tile(64, 128, 8, 1),
         ("loss", 2, 64): Tile(64, 128, 8, 1),
@@ -72,7 +73,7 @@ TABLES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("keys", 2, 32): Tile(64, 32, 8, 1),
         ("keys", 2, 64): Tile(64, 32, 8, 1),
         ("keys", 2, 128): Tile(32, 32, 8, 1),
-        ("keys", 2, 256): Tile(32, 16, 8, 1),
+        ("keys", 2, 256): Tile(32, 32, 8, 1),
         ("keys", 4, 16): Tile(16, 32, 4, 1),
         ("keys", 4, 32): Tile(16, 32, 4, 1),
         ("keys", 4, 64): Tile(16, 32, 4, 1),
@@ -88,7 +89,14 @@ INTERPRETED = Tile(256, 128, 4, 1)
 
 
 # whose entry serves where a kernel has none
-OTHERWISE = {"coupling": ("rows",), "loss": ("rows",), "loss_bwd": ("rows",), "text": ("keys",), "gather": ("keys",)}
+OTHERWISE = {
+    "forward_bias": ("forward",),
+    "coupling": ("rows",),
+    "loss": ("rows",),
+    "loss_bwd": ("rows",),
+    "text": ("keys",),
+    "gather": ("keys",),
+}
 
 
 def padded(head_dim: int) -> int:
