@@ -16,7 +16,8 @@ MAX_IDENTITIES = 16
 
 def head_tensor(t: Tensor) -> tuple[int, ...]:
     """Address, batch, strides of batch, head and row in elements."""
-    return (t.data_ptr(), t.shape[-4], *t.stride()[-4:-1])
+    *_, batch, head, row, _ = t.stride()
+    return (t.data_ptr(), t.shape[-4], batch, head, row)
 
 
 def _stage(a: Args) -> tuple[int, ...]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import reference, sdpa
-from ..backends.call import Args, facts
+from ..backends.call import Args
 from ..backends.checks import normalize
 from ..errors import InputError
 from . import dispatch, id_attention_autograd  # noqa: F401  (registers the ops)
+from .known_calls import checked
 
 Tensors = Tensor | Sequence[Tensor] | None
 
@@ -80,14 +81,13 @@ def id_attention(
         InputError: shapes, dtypes or devices do not fit together.
         NoBackendError: no backend, or not the named one, can run this call; says why.
     """
-    a = normalize(
-        q, k_text, v_text, k_id, v_id,
+    given = dict(
         id_scale=id_scale, id_mask=id_mask, merge=merge, num_zero=num_zero, num_global=num_global, text_bias=text_bias,
         stage=stage,
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        return _traced(a, backend, out)
-    call = facts(a)
+        return _traced(normalize(q, k_text, v_text, k_id, v_id, **given), backend, out)
+    a, call = checked(q, k_text, v_text, k_id, v_id, **given)
     module = dispatch.load(dispatch.choose(call, backend))
     if out is not None:
         _check_out(out, a, call.needs_grad)
