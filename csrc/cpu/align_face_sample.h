@@ -96,8 +96,9 @@ IDC_INLINE void linear_row(const ChipTile& t, int64_t y, float* to) {
   for (int64_t x = t.x0; x < t.x1; ++x) {
     const double cx = static_cast<double>(x), cy = static_cast<double>(y);
     double u = back[0] * cx + back[1] * cy + back[2], v = back[3] * cx + back[4] * cy + back[5];
-    u = u < -1.0 ? -1.0 : u > width ? width : u;  // one pixel around the picture is all that blends
-    v = v < -1.0 ? -1.0 : v > height ? height : v;
+    // One pixel around the picture is all that blends. A NaN (overflow of a far shift) lies outside.
+    u = !(u >= -1.0) ? -1.0 : u > width ? width : u;
+    v = !(v >= -1.0) ? -1.0 : v > height ? height : v;
     const int64_t ix = static_cast<int64_t>(u + 1.0) - 1, iy = static_cast<int64_t>(v + 1.0) - 1;
     const float fx = static_cast<float>(u - static_cast<double>(ix));
     const float fy = static_cast<float>(v - static_cast<double>(iy));

@@ -118,7 +118,8 @@ def _chip(picture: Tensor, matrix: list[list[float]], size: torch.Size, resample
     ys, xs = (
         (torch.arange(n * over, dtype=torch.float64, device=picture.device) + 0.5) / over - 0.5 for n in size
     )  # fmt: skip
-    x, y = (r[0] * xs[None] + r[1] * ys[:, None] + r[2] for r in back)
+    # not a number (overflow of a far shift) lies outside
+    x, y = ((r[0] * xs[None] + r[1] * ys[:, None] + r[2]).nan_to_num(-1e9) for r in back)
     if resample == "bilinear":
         return _linear(picture, x, y, fill)
     if shrink > 1:

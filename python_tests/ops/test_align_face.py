@@ -205,6 +205,7 @@ def test_far_away_and_degenerate_faces_are_fill(picture, resample):
     away = [
         similarity(0.1, s, (x, y), 30) for s in (0.01, 1.0) for x, y in ((1e5, 0), (0, -1e5), (-1e9, 1e9), (1e290, 0))
     ]
+    away.append(np.array([[1e10, -1e10, 1e305], [1e10, 1e10, 1e305]]))  # infinity less infinity
     for backend in ("cpu", "reference"):
         chips = align_face(picture, np.stack(away), 30, resample=resample, fill=(5, 6, 7), backend=backend)
         assert torch.equal(chips, torch.tensor([5, 6, 7], dtype=torch.uint8)[:, None, None].expand_as(chips))
