@@ -61,9 +61,22 @@ IDC_INLINE Desk desk_of(const IdAttentionParams& p, float* at) {
               end + 2 * weights};
 }
 
+// Rows that a panel asks for, some at each product: the next panel's, and its own result's.
+struct Coming {
+  Stream q, g, dq;
+  int64_t rows_a_step;
+
+  IDC_INLINE void step() {
+    q.step<0>(rows_a_step);
+    g.step<0>(rows_a_step);
+    dq.step<1>(rows_a_step);
+  }
+};
+
 struct Panel {
   const BackwardPlan& plan;
   const Desk& desk;
+  Coming& coming;
   int64_t batch, head, item, row, valid;  // `row`: the first of `valid` ones
   bool first;                             // of its segment
 
@@ -181,6 +194,7 @@ IDC_NOINLINE SumOfTwo text_exponentials(const Panel& at, const Keys& keys, int64
   const IdAttentionParams& p = *at.plan.params;
   const TextBias& bias = p.text_bias;
   float top[kRows];
+  at.coming.step();
   dots(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
   float scale = kLog2e * logit_scale(p);
   if (bias.data != nullptr) {
@@ -197,6 +211,7 @@ IDC_NOINLINE SumOfTwo text_exponentials(const Panel& at, const Keys& keys, int64
 IDC_NOINLINE SumOfTwo identity_exponentials(const Panel& at, const Keys& keys, int64_t block, float* raw,
                                             float* top, float* out) {
   const IdAttentionParams& p = *at.plan.params;
+  at.coming.step();
   dots(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
   if (raw != nullptr) std::memcpy(raw, out, static_cast<size_t>(keys.length * kRows) * sizeof(float));
   const ShareOptions options{p.head_dim, p.num_zero, p.num_global, nullptr, 0};

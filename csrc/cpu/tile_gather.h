@@ -70,6 +70,7 @@ IDC_INLINE void gather_panel(const Panel& at, const Keys& text) {
   for (int64_t m = 0; m < at.blocks(); ++m) {
     lanes_of_rows(desk.q + m * kRows * desk.width, p.head_dim, at.q_lanes(m));
     const SumOfTwo sum = text_exponentials(at, text, m, desk.p);
+    at.coming.step();
     mix<Sum::kTokens>(
         {desk.p, 1, 0, text.v_rows, text.length, desk.width, desk.h + m * kRows * desk.width, true});
     divide_rows(desk.h + m * kRows * desk.width, desk.width, sum);
@@ -79,26 +80,41 @@ IDC_INLINE void gather_panel(const Panel& at, const Keys& text) {
              desk.width * element_bytes(at.plan.wait_dtype), 0, desk.width);
 }
 
-// Calls `visit` for the panels of one item.
+IDC_INLINE Stream rows_ahead(const IdAttentionParams& p, const HeadTensor* t, int64_t batch, int64_t head,
+                             int64_t row, int64_t rows) {
+  if (t == nullptr || t->data == nullptr || rows <= 0) return Stream{};
+  const int64_t bytes = element_bytes(p.dtype), stride = t->stride_row * bytes;
+  return Stream{head_start(*t, bytes, batch, head) + row * stride, stride, p.head_dim * bytes, rows, 0};
+}
+
+// Calls `visit` for the panels of one item. Rows of g and dq, null where there are none, are asked for in
+// advance, in about `steps` portions a panel.
 template <class Visit>
 IDC_INLINE void for_panels(const BackwardPlan& plan, const Desk& desk, int64_t batch, int64_t segment,
-                           int64_t head, Visit visit) {
+                           int64_t head, const HeadTensor* g, const HeadTensor* dq, int64_t steps,
+                           Visit visit) {
   const IdAttentionParams& p = *plan.params;
   const int64_t item = (batch * plan.segments + segment) * p.heads + head, first = segment * kSegmentRows;
   const int64_t last = smaller(first + kSegmentRows, p.lq);
   for (int64_t row = first; row < last; row += kPanelRows) {
-    visit(Panel{plan, desk, batch, head, item, row, smaller(last - row, kPanelRows), row == first});
+    const int64_t next = row + kPanelRows, rows = smaller(last - next, kPanelRows);
+    const int64_t valid = smaller(last - row, kPanelRows);
+    Coming coming{rows_ahead(p, &p.q, batch, head, next, rows), rows_ahead(p, g, batch, head, next, rows),
+                  rows_ahead(p, dq, batch, head, row, valid), ceil_div(kPanelRows, steps)};
+    visit(Panel{plan, desk, coming, batch, head, item, row, valid, row == first});
   }
 }
 
 void gather(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.params;
   const Desk desk = desk_of(p, scratch);
-  for_panels(plan, desk, batch, segment, head, [&](const Panel& at) {
-    float* sums = plan.sums + at.item * p.num_identities * desk.width;
-    for (int64_t d = 0; at.first && d < p.num_identities * desk.width; d += kLanes) store(sums + d, zero());
-    gather_panel(at, keys_of(at, 0));
-  });
+  for_panels(plan, desk, batch, segment, head, &plan.grads->g, nullptr, 2 * kPanelBlocks,
+             [&](const Panel& at) {
+               float* sums = plan.sums + at.item * p.num_identities * desk.width;
+               for (int64_t d = 0; at.first && d < p.num_identities * desk.width; d += kLanes)
+                 store(sums + d, zero());
+               gather_panel(at, keys_of(at, 0));
+             });
 }
 
 }  // namespace

@@ -20,8 +20,10 @@ IDC_INLINE void both_maps(const Panel& at, const Keys& keys, int64_t block, floa
   const IdAttentionParams& params = *at.plan.params;
   const float scale = kLog2e * logit_scale(params);
   float top[kRows];
+  at.coming.step();
   dots(at.q_lanes(block), keys.k_dots, keys.length, params.head_dim, p, top);
   normalise(p, keys.length, exponentials(p, keys.length, scale, top), nullptr);
+  at.coming.step();
   dots(at.q_lanes(block), keys.v_dots, keys.length, params.head_dim, r, top);
   normalise(r, keys.length, exponentials(r, keys.length, scale, top), nullptr);
 }
@@ -45,35 +47,40 @@ IDC_NOINLINE V weigh_difference(const LossPlan& plan, int64_t batch, int64_t len
 
 void token_loss(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const Desk desk = desk_of(*plan.keys->params, scratch);
-  for_panels(*plan.keys, desk, batch, segment, head, [&](const Panel& at) {
-    const Keys keys = keys_of(at, 0);
-    float* loss = plan.loss + at.item * kLanes;
-    if (at.first) store(loss, zero());
-    load_queries_of(at);
-    for (int64_t m = 0; m < at.blocks(); ++m) {
-      both_maps(at, keys, m, desk.p, desk.ds);
-      // Rows behind the valid ones are zeros: both their maps are even, so they add nothing.
-      store(loss, add(load(loss), weigh_difference(plan, batch, keys.length, desk.p, desk.ds)));
-    }
-  });
+  for_panels(*plan.keys, desk, batch, segment, head, nullptr, nullptr, 2 * kPanelBlocks,
+             [&](const Panel& at) {
+               const Keys keys = keys_of(at, 0);
+               float* loss = plan.loss + at.item * kLanes;
+               if (at.first) store(loss, zero());
+               load_queries_of(at);
+               for (int64_t m = 0; m < at.blocks(); ++m) {
+                 both_maps(at, keys, m, desk.p, desk.ds);
+                 // Rows behind the valid ones are zeros: both their maps are even, so they add nothing.
+                 store(loss, add(load(loss), weigh_difference(plan, batch, keys.length, desk.p, desk.ds)));
+               }
+             });
 }
 
 void token_loss_grad(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const Desk desk = desk_of(*plan.keys->params, scratch);
-  for_panels(*plan.keys, desk, batch, segment, head, [&](const Panel& at) {
-    const Keys keys = keys_of(at, 0);
-    const int64_t stride = keys.length * kRows, width = desk.width;
-    load_queries_of(at);
-    for (int64_t m = 0; m < at.blocks(); ++m) {
-      float* ds = desk.ds + m * stride;
-      both_maps(at, keys, m, desk.p, ds);
-      weigh_difference(plan, batch, keys.length, desk.p, ds);
-      softmax_grad(desk.p, ds, keys.length, row_means(desk.p, ds, keys.length), plan.factor);
-      mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, keys.length, width, desk.dq + m * kRows * width, true});
-    }
-    mix<Sum::kRowsOfBlocks>({desk.ds, at.blocks(), stride, desk.q, keys.length, width, keys.dk, at.first});
-    store_dq(at, plan.dq);
-  });
+  for_panels(
+      *plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 3 * kPanelBlocks + 1, [&](const Panel& at) {
+        const Keys keys = keys_of(at, 0);
+        const int64_t stride = keys.length * kRows, width = desk.width;
+        load_queries_of(at);
+        for (int64_t m = 0; m < at.blocks(); ++m) {
+          float* ds = desk.ds + m * stride;
+          both_maps(at, keys, m, desk.p, ds);
+          weigh_difference(plan, batch, keys.length, desk.p, ds);
+          softmax_grad(desk.p, ds, keys.length, row_means(desk.p, ds, keys.length), plan.factor);
+          at.coming.step();
+          mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, keys.length, width, desk.dq + m * kRows * width, true});
+        }
+        at.coming.step();
+        mix<Sum::kRowsOfBlocks>(
+            {desk.ds, at.blocks(), stride, desk.q, keys.length, width, keys.dk, at.first});
+        store_dq(at, plan.dq);
+      });
 }
 
 // Behind the desk: the weights and the queries of all rows of an item, and each token's largest logit per
@@ -128,13 +135,14 @@ void semantic(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head
   float* rows = scores + kSegmentRows * p.lt;
   float* tops = rows + kSegmentRows * desk.width;
   int64_t blocks = 0, item = 0;
-  for_panels(*plan.keys, desk, batch, segment, head, [&](const Panel& at) {
+  for_panels(*plan.keys, desk, batch, segment, head, nullptr, nullptr, kPanelBlocks, [&](const Panel& at) {
     const Keys keys = keys_of(at, 0);
     load_queries_of(at);
     std::memcpy(rows + blocks * kRows * desk.width, desk.q,
                 static_cast<size_t>(at.blocks() * kRows * desk.width) * sizeof(float));
     for (int64_t m = 0; m < at.blocks(); ++m, ++blocks) {
       float *s = scores + blocks * p.lt * kRows, unused[kRows];
+      at.coming.step();
       dots(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, s, unused);
       fill_behind(s, p.lt, at.valid_in(m), -__builtin_inff());
       raise_tops(s, p.lt, blocks == 0, tops);
@@ -164,24 +172,30 @@ IDC_NOINLINE void row_softmax_grad(const LossPlan& plan, int64_t first_token, in
 void semantic_grad(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.keys->params;
   const Desk desk = desk_of(p, scratch);
-  for_panels(*plan.keys, desk, batch, segment, head, [&](const Panel& at) {
-    const Keys keys = keys_of(at, 0);
-    const int64_t stride = p.lt * kRows, width = desk.width;
-    float unused[kRows];
-    load_queries_of(at);
-    for (int64_t m = 0; m < at.blocks(); ++m) {
-      float *ds = desk.ds + m * stride, *dq = desk.dq + m * kRows * width;
-      dots(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, desk.p, unused);
-      dots(at.q_lanes(m), keys.v_dots, p.lt, p.head_dim, ds, unused);
-      row_softmax_grad(plan, (batch * p.heads + head) * p.lt, p.lt, kLog2e * logit_scale(p), logit_scale(p),
-                       desk.p, ds);
-      fill_behind(ds, p.lt, at.valid_in(m), 0.0f);
-      mix<Sum::kTokens>({desk.p, 1, 0, keys.v_rows, p.lt, width, dq, true});
-      mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, p.lt, width, dq, false});
-    }
-    mix<Sum::kRowsOfBlocks>({desk.ds, at.blocks(), stride, desk.q, p.lt, width, keys.dk, at.first});
-    store_dq(at, plan.dq);
-  });
+  for_panels(
+      *plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 4 * kPanelBlocks + 1, [&](const Panel& at) {
+        const Keys keys = keys_of(at, 0);
+        const int64_t stride = p.lt * kRows, width = desk.width;
+        float unused[kRows];
+        load_queries_of(at);
+        for (int64_t m = 0; m < at.blocks(); ++m) {
+          float *ds = desk.ds + m * stride, *dq = desk.dq + m * kRows * width;
+          at.coming.step();
+          dots(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, desk.p, unused);
+          at.coming.step();
+          dots(at.q_lanes(m), keys.v_dots, p.lt, p.head_dim, ds, unused);
+          row_softmax_grad(plan, (batch * p.heads + head) * p.lt, p.lt, kLog2e * logit_scale(p),
+                           logit_scale(p), desk.p, ds);
+          fill_behind(ds, p.lt, at.valid_in(m), 0.0f);
+          at.coming.step();
+          mix<Sum::kTokens>({desk.p, 1, 0, keys.v_rows, p.lt, width, dq, true});
+          at.coming.step();
+          mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, p.lt, width, dq, false});
+        }
+        at.coming.step();
+        mix<Sum::kRowsOfBlocks>({desk.ds, at.blocks(), stride, desk.q, p.lt, width, keys.dk, at.first});
+        store_dq(at, plan.dq);
+      });
 }
 
 constexpr BackwardKernels backward_table() {

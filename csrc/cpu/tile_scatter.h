@@ -42,6 +42,7 @@ IDC_INLINE void identity_add(const Panel& at, const Keys& keys, int j, int64_t b
   float top[kRows], weight[kRows], amount[kRows];
   region(params.identity[j], at.batch, at.row_of(block), at.valid_in(block), weight, amount);
   const SumOfTwo sum = identity_exponentials(at, keys, block, nullptr, top, p);
+  at.coming.step();
   dots(at.x_lanes(block), keys.v_dots, keys.length, params.head_dim, ds, top);
   SumOfTwo delta = row_dots(p, ds, keys.length);
   delta.a = div(delta.a, sum.a);
@@ -57,6 +58,7 @@ IDC_INLINE void logits_grad(const Panel& at, const Keys& keys, bool zeros, const
                             float* ds) {
   const IdAttentionParams& params = *at.plan.params;
   float top[kRows];
+  at.coming.step();
   dots(lanes, keys.v_dots, keys.length, params.head_dim, ds, top);
   const SumOfTwo delta = zeros ? row_dots(p, ds, keys.length) : row_means(p, ds, keys.length);
   softmax_grad(p, ds, keys.length, delta, logit_scale(params));
@@ -91,11 +93,14 @@ IDC_INLINE void branch_grads(const Panel& at, const Keys& keys, bool first_branc
   const Desk& desk = at.desk;
   const int64_t stride = keys.length * kRows, width = desk.width;
   for (int64_t m = 0; m < at.blocks(); ++m) {
+    at.coming.step();
     mix<Sum::kTokens>({desk.ds + m * stride, 1, 0, keys.k_rows, keys.length, width,
                        desk.dq + m * kRows * width, first_branch});
   }
   if (keys.dk == nullptr) return;
+  at.coming.step();
   mix<Sum::kRowsOfBlocks>({desk.ds, at.blocks(), stride, desk.q, keys.length, width, keys.dk, at.first});
+  at.coming.step();
   mix<Sum::kRowsOfBlocks>({desk.p, at.blocks(), stride, x, keys.length, width, keys.dv, at.first});
 }
 
@@ -146,7 +151,8 @@ IDC_INLINE void scatter_panel(const Panel& at) {
 void scatter(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.params;
   const Desk desk = desk_of(p, scratch);
-  for_panels(plan, desk, batch, segment, head, [&](const Panel& at) {
+  const int64_t steps = (1 + p.num_identities) * (3 * kPanelBlocks + 2);
+  for_panels(plan, desk, batch, segment, head, &plan.grads->g, &plan.grads->dq, steps, [&](const Panel& at) {
     float* dscale = plan.dscale + at.item * p.num_identities * kLanes;
     for (int64_t j = 0; at.first && j < p.num_identities; ++j) store(dscale + j * kLanes, zero());
     scatter_panel(at);

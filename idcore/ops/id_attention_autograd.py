@@ -68,7 +68,7 @@ def _empty_stats(a: Args) -> list[Tensor]:
     return [a.q.new_empty(shape, dtype=torch.float32) for shape in stats_shapes(a) if shape is not None]
 
 
-@torch.library.custom_op("idcore::id_attention_bwd", mutates_args=())
+@torch.library.custom_op("idcore::id_attention_grad", mutates_args=())
 def _bwd(
     grad: Tensor, stats: list[Tensor], q: Tensor, k_text: Tensor, v_text: Tensor, k_id: list[Tensor],
     v_id: list[Tensor], scale: Tensor, mask: Tensor | None, text_bias: Tensor | None, stage: Tensor | None,
@@ -117,7 +117,7 @@ def _backward(ctx, grads):
     extra = [rest.pop(0) if has else None for has in ctx.has]
     needs = ctx.needs_input_grad
     text_kv, id_kv = needs[1] or needs[2], n > 0 and (_any(needs[3]) or _any(needs[4]))
-    got = torch.ops.idcore.id_attention_bwd(
+    got = torch.ops.idcore.id_attention_grad(
         grad, rest, q, k_text, v_text, k_id, v_id, scale, *extra, *ctx.plain, text_kv, id_kv
     )
     dq, dscale, *kv = got
