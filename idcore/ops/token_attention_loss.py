@@ -134,7 +134,7 @@ def _fwd_fake(q, k, k_ref, weight, backend):
     return weight.new_empty(()), weight.new_empty(rows)
 
 
-@torch.library.custom_op("idcore::token_loss_grad", mutates_args=())
+@torch.library.custom_op("idcore::token_loss_bwd", mutates_args=())
 def _bwd(
     q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor, rows: Tensor, factor: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     q, k, k_ref, weight, rows = ctx.saved_tensors
     factor = grad * (2.0 * q.shape[-1] ** -0.5)
-    dq, dk = torch.ops.idcore.token_loss_grad(q, k, k_ref, weight, rows, factor, ctx.backend)
+    dq, dk = torch.ops.idcore.token_loss_bwd(q, k, k_ref, weight, rows, factor, ctx.backend)
     return dq, dk, None, None, None
 
 
