@@ -118,7 +118,7 @@ def _infer(a: Args, backend: str) -> Tensor:
 
 
 def _train(a: Args, backend: str) -> Tensor:
-    return torch.ops.idcore.id_attention_with_stats(*_flat(a), backend)[0]
+    return torch.ops.idcore.id_attention_for_training(*_flat(a), backend)[0]
 
 
 def _flat(a: Args) -> tuple:

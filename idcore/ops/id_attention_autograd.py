@@ -1,4 +1,4 @@
-"""The registered forms of `id_attention`: `idcore::id_attention` for inference, `idcore::id_attention_with_stats` with
+"""The registered forms of `id_attention`: `idcore::id_attention` for inference, `idcore::id_attention_for_training` with
 statistics and autograd. One call runs forward and backward on one backend."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _new_out(q: Tensor) -> Tensor:
     return q.new_empty(b, lq, h, d).transpose(1, 2)
 
 
-@torch.library.custom_op("idcore::id_attention_with_stats", mutates_args=())
+@torch.library.custom_op("idcore::id_attention_for_training", mutates_args=())
 def _train(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_id: list[Tensor], v_id: list[Tensor], scale: Tensor,
     mask: Tensor | None, text_bias: Tensor | None, stage: Tensor | None, merge: str, num_zero: int, num_global: int,

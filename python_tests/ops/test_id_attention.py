@@ -150,7 +150,7 @@ def test_opcheck(backend):
     for t in (q, kt, vt, *ki, *vi):
         t.requires_grad_()
     scale = torch.ones(1, 2, requires_grad=True)
-    torch.library.opcheck(torch.ops.idcore.id_attention_with_stats, (q, kt, vt, ki, vi, scale, *rest))
+    torch.library.opcheck(torch.ops.idcore.id_attention_for_training, (q, kt, vt, ki, vi, scale, *rest))
 
 
 @pytest.mark.slow
