@@ -1,5 +1,5 @@
-"""The registered forms of `id_attention`: `idcore::id_attention` for inference, `idcore::id_attention_for_training` with
-statistics and autograd. One call runs forward and backward on one backend."""
+"""The registered forms of `id_attention`: `idcore::id_attention` for inference, `idcore::id_attention_for_training`
+with statistics and autograd. One call runs forward and backward on one backend."""
 
 from __future__ import annotations
 
