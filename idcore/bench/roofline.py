@@ -81,7 +81,7 @@ def _roofs(draw: Any, axes: Axes, report: dict[str, Any], font: Any) -> None:
     low = max(10.0 ** axes.x[0], 10.0 ** axes.y[0] / slope)
     draw.line([axes.at(low, low * slope), axes.at(top / slope, top)], fill=INK, width=3)
     x, y = axes.at(low, low * slope)
-    draw.text((x + 12, y - 12), f"copy: {slope:g} GB/s", fill=INK, font=font, anchor="lb")
+    draw.text((x + 40, y - 10), f"copy: {slope:g} GB/s", fill=INK, font=font, anchor="lb")
 
 
 def _mark(draw: Any, at: tuple[float, float], point: dict[str, Any]) -> None:
@@ -93,12 +93,12 @@ def _mark(draw: Any, at: tuple[float, float], point: dict[str, Any]) -> None:
 
 
 def _legend(draw: Any, found: list[dict[str, Any]], font: Any) -> None:
-    y = TOP + 16
+    y = SIZE[1] - BOTTOM - 20 * (1 + len({p["op"] for p in found}))
     for op in dict.fromkeys(p["op"] for p in found):
-        draw.text((LEFT + 14, y), op, fill=COLOURS.get(op, INK), font=font, anchor="lm")
+        draw.text((SIZE[0] - RIGHT - 14, y), op, fill=COLOURS.get(op, INK), font=font, anchor="rm")
         y += 20
     text = "filled: float32, hollow: 16 bit; disc: forward, square: backward"
-    draw.text((LEFT + 14, y), text, fill=INK, font=font, anchor="lm")
+    draw.text((SIZE[0] - RIGHT - 14, y), text, fill=INK, font=font, anchor="rm")
 
 
 def plot(report: dict[str, Any], found: list[dict[str, Any]], out: Path) -> None:
@@ -108,7 +108,7 @@ def plot(report: dict[str, Any], found: list[dict[str, Any]], out: Path) -> None
     peaks = [peak for peak in report["peak_gflops"].values() if peak]
     intensities, rates = [p["intensity"] for p in found], [p["gflops"] for p in found]
     ridge = max(peaks) / report["copy_gb_per_s"]
-    x = (min(intensities, default=1) / 3, max([*intensities, ridge]) * 2)
+    x = (min([*intensities, ridge]) / 10, max([*intensities, ridge]) * 2)
     axes = Axes(x, (min(rates, default=1) / 3, max(peaks) * 1.6))
     image = Image.new("RGB", SIZE, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)

@@ -33,7 +33,7 @@ def test_the_command_draws_and_prints(tmp_path, capsys):
     assert main(["roofline", str(path), "--out", str(out)]) == 0
     image = Image.open(out).convert("RGB")
     assert image.size == roofline.SIZE
-    low, high = 50.0 / 3, 50.0 * 2
+    low, high = 1000.0 / 30.0 / 10, 50.0 * 2
     axes = roofline.Axes((low, high), (1e9 / 9e-3 * 1e-9 / 3, 1600.0))
     x, y = map(round, axes.at(50.0, 250.0))
     blue = tuple(int(roofline.COLOURS["id_attention"][i : i + 2], 16) for i in (1, 3, 5))
