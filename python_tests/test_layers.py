@@ -39,17 +39,19 @@ def test_imports_go_down(level):
     assert not wrong, f"imports that go up: {wrong}"
 
 
-def test_csrc_is_free_of_torch_and_pybind_stands_in_one_file():
+def test_csrc_is_free_of_torch_and_pybind_stands_in_one_unit():
     if not (ROOT / "csrc").exists():
         pytest.skip("not a checkout: csrc/ is not installed")
-    pybind = set()
+    pybind, users = set(), set()
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
             text = path.read_text()
             assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", text), path
             if "pybind11/" in text:
                 pybind.add(path.name)
-    assert pybind == {"bind.cpp"}
+            if '#include "bind_tuples.h"' in text:
+                users.add(path.name)
+    assert pybind == {"bind.cpp", "bind_tuples.h"} and users == {"bind.cpp"}
 
 
 def test_kernels_does_not_shadow_the_hub_package():

@@ -75,7 +75,7 @@ def _picture(p: Tensor | np.ndarray) -> tuple[int, ...]:
 
 
 def _tuples(f: Faces) -> tuple[tuple, ...]:
-    """The four tuples of csrc/bind.cpp: chip_params."""
+    """The four tuples of csrc/bind_tuples.h: chip_params."""
     count, _, height, width = f.out.shape
     of = 0 if f.picture_of is None else f.picture_of.data_ptr()
     numbers = (

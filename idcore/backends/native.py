@@ -1,4 +1,4 @@
-"""How a call reaches the compiled module: pointers and strides in elements, the eight tuples of csrc/bind.cpp."""
+"""How a call reaches the compiled module: pointers and strides in elements, the eight tuples of csrc/bind_tuples.h."""
 
 from __future__ import annotations
 
