@@ -64,6 +64,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={tree / 'out'}",
             f"-DIDCORE_CUDA={os.environ.get('IDCORE_CUDA') or 'AUTO'}",
             f"-DIDCORE_CUDA_ARCHS={os.environ.get('IDCORE_CUDA_ARCHS') or CUDA_ARCHS}",
+            f"-DIDCORE_EMULATE_AMX={os.environ.get('IDCORE_EMULATE_AMX') or 'OFF'}",
             f"-DIDCORE_SANITIZE={os.environ.get('IDCORE_SANITIZE') or 'OFF'}",
         ]
 

@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(IDCORE_HAVE_amx)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace idcore {
 namespace cpu {
 namespace {
@@ -12,6 +18,7 @@ struct Entry {
   const char* name;
   const Kernels* (*get)();
   bool (*runs_here)();
+  bool by_default;  // else only by name
 };
 
 bool always() { return true; }
@@ -30,17 +37,34 @@ bool has_avx512() {
 #if defined(IDCORE_HAVE_avx512bf16)
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(IDCORE_HAVE_amx)
+// The processor's word, and Linux's leave to use the tile registers, which holds for all threads from then
+// on.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 const Entry kEntries[] = {
-    {"base", kernels_base, always},
+    {"base", kernels_base, always, true},
 #if defined(IDCORE_HAVE_avx2)
-    {"avx2", kernels_avx2, has_avx2},
+    {"avx2", kernels_avx2, has_avx2, true},
 #endif
 #if defined(IDCORE_HAVE_avx512)
-    {"avx512", kernels_avx512, has_avx512},
+    {"avx512", kernels_avx512, has_avx512, true},
 #endif
 #if defined(IDCORE_HAVE_avx512bf16)
-    {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
+    {"avx512bf16", kernels_avx512bf16, has_avx512bf16, true},
+#endif
+#if defined(IDCORE_HAVE_amx)
+    {"amx", kernels_amx, has_amx, false},  // not timed on a machine that has it yet
+#endif
+#if defined(IDCORE_HAVE_amx_emulated)
+    {"amx_emulated", kernels_amx_emulated, has_avx512bf16, false},
 #endif
 };
 
@@ -54,8 +78,11 @@ const Kernels* by_name(const char* name) {
 }
 
 const Kernels* best() {
-  const Kernels* all[kMaxIsas];
-  return all[usable_isas(all) - 1];
+  const Kernels* found = nullptr;
+  for (const Entry& e : kEntries) {
+    if (e.by_default && e.runs_here()) found = e.get();
+  }
+  return found;
 }
 
 }  // namespace

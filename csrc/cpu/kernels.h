@@ -78,6 +78,8 @@ const Kernels* kernels_base();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_amx();
+const Kernels* kernels_amx_emulated();
 
 }  // namespace cpu
 }  // namespace idcore

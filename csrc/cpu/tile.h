@@ -2,6 +2,9 @@
 #pragma once
 
 #include "cpu/tile_values.h"
+#if defined(IDC_TILES)
+#include "cpu/tile_amx.h"
+#endif
 
 namespace idcore {
 namespace cpu {
@@ -22,6 +25,12 @@ IDC_NOINLINE void to_pairs(float* scores, int64_t length, const float* gain) {
     store(scores + t / 2 * kRows, narrow_pairs(a0, b0));
     store(scores + t / 2 * kRows + kLanes, narrow_pairs(a1, b1));
   }
+#if defined(IDC_TILES)
+  for (int64_t w = ceil_div(length, 2); w < whole_tiles(ceil_div(length, 2)); ++w) {
+    store(scores + w * kRows, zero());
+    store(scores + w * kRows + kLanes, zero());
+  }
+#endif
 }
 #endif
 
@@ -162,7 +171,7 @@ IDC_INLINE float* share_at(const BlockJob& j, int i) {
 template <class Dot, bool kPairs>
 IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOfTwo& text_sum, Block& block) {
   const IdAttentionParams& p = *j.plan.params;
-  float* scores = j.scores + p.lt * kRows;
+  float* scores = j.scores + score_rows(p.lt) * kRows;
   for (int b = 1; b < block.branches; ++b) {
     const int64_t length = p.identity[b - 1].length;
     region(p.identity[b - 1], j.batch, j.row, j.valid, block.weight[b - 1], block.amount[b - 1]);
@@ -178,11 +187,16 @@ IDC_INLINE void identities_part(const BlockJob& j, const Head& head, const SumOf
       finish_scores<kPairs>(scores, length);
     }
     block.scores[b] = scores;
-    scores += length * kRows;
+    scores += score_rows(length) * kRows;
   }
 }
 
-int64_t row_floats(int64_t keys, int64_t head_dim) { return (padded(head_dim) + keys) * kRows; }
+int64_t row_floats(int64_t keys, int64_t head_dim) {
+#if defined(IDC_TILES)
+  keys += kMaxBranches * (kTile - 1);
+#endif
+  return (padded(head_dim) + keys) * kRows;
+}
 
 IDC_INLINE Stream rows_stream(const IdAttentionParams& p, const HeadTensor& t, int64_t batch, int64_t row,
                               int64_t last_row, int64_t head) {
@@ -255,6 +269,13 @@ void attend_chunk(const Plan& plan, const Head& head, int64_t chunk, const Waiti
 }
 
 void attend(const Plan& plan, const Head& head, int64_t chunk, const Waiting& waiting, float* scratch) {
+#if defined(IDC_TILES)
+  if (in_tiles(plan.params->head_dim, plan.pairs)) {
+    tiles_on();
+    attend_chunk<Tiles, true>(plan, head, chunk, waiting, scratch);
+    return tiles_off();
+  }
+#endif
 #if defined(IDC_PAIRS)
   if (plan.pairs) return attend_chunk<Pairs, true>(plan, head, chunk, waiting, scratch);
 #endif

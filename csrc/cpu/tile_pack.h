@@ -102,10 +102,34 @@ IDC_INLINE int64_t value_steps(const Plan& plan, int64_t length) {
   return plan.pairs ? ceil_div(length, 2) : length;
 }
 
+// Whether the products of a call go through AMX tiles, whose operands are packed in whole tiles.
+IDC_INLINE bool in_tiles(int64_t head_dim, bool pairs) {
+#if defined(IDC_TILES)
+  return pairs && head_dim % (2 * kTile) == 0;
+#else
+  (void)head_dim, (void)pairs;
+  return false;
+#endif
+}
+// Rows of scores that a branch takes: its keys, or whole tiles of them.
+IDC_INLINE int64_t score_rows(int64_t length) {
+#if defined(IDC_TILES)
+  return whole_tiles(length);
+#else
+  return length;
+#endif
+}
+
 int64_t packed_k_words(int64_t length, int64_t head_dim, bool pairs) {
+#if defined(IDC_TILES)
+  if (in_tiles(head_dim, pairs)) return whole_tiles(length) * head_dim / 2;
+#endif
   return length * (pairs ? head_dim / 2 : head_dim) + kLanes;  // slack: vector stores run over
 }
 int64_t packed_v_words(int64_t length, int64_t head_dim, bool pairs) {
+#if defined(IDC_TILES)
+  if (in_tiles(head_dim, pairs)) return whole_tiles(ceil_div(length, 2)) * head_dim;
+#endif
   return (pairs ? ceil_div(length, 2) : length) * padded(head_dim);
 }
 
@@ -115,8 +139,24 @@ IDC_INLINE int64_t length_of(const Plan& plan, int branch) {
 IDC_INLINE const char* head_start(const HeadTensor& t, int64_t bytes, int64_t batch, int64_t head) {
   return static_cast<const char*>(t.data) + (batch * t.stride_batch + head * t.stride_head) * bytes;
 }
+
+#if defined(IDC_TILES)
+// [key][word], keys of zeros up to whole tiles.
+void pack_k_tiles(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
+  const int64_t words = plan.params->head_dim / 2;
+  for (int64_t t = 0; t < whole_tiles(length); ++t) {
+    const float* row = reinterpret_cast<const float*>(rows + t * row_bytes);
+    for (int64_t w = 0; w < words; w += kLanes, out += kLanes)
+      store(out, t < length ? load(row + w) : zero());
+  }
+}
+#endif
+
 // Groups of at most kMaxKeys keys, each [step][key].
 void pack_k(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
+#if defined(IDC_TILES)
+  if (in_tiles(plan.params->head_dim, plan.pairs)) return pack_k_tiles(plan, rows, row_bytes, length, out);
+#endif
   const int64_t steps = score_steps(plan);
   const Groups groups(length, kMaxKeys);
   const Form form = form_of(plan);
@@ -159,7 +199,29 @@ IDC_NOINLINE void pack_v_form(const Plan& plan, const char* rows, int64_t row_by
   }
 }
 
+#if defined(IDC_TILES)
+// Groups of 16 channels, each [channel][word], words of zeros up to whole tiles.
+void pack_v_tiles(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
+  const int64_t steps = ceil_div(length, 2), words = whole_tiles(steps);
+  for (int64_t d = 0; d < plan.params->head_dim; d += kTile, out += kTile * words) {
+    for (int64_t s = 0; s < words; s += kTile) {
+      V r[kTile];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) {
+        r[i] = s + i < steps ? load_value<Form::kWords>(rows, row_bytes, s + i, length, d, kLanes) : zero();
+      }
+      transpose(r);
+#pragma GCC unroll 16
+      for (int c = 0; c < kTile; ++c) store(out + c * words + s, r[c]);
+    }
+  }
+}
+#endif
+
 void pack_v(const Plan& plan, const char* rows, int64_t row_bytes, int64_t length, float* out) {
+#if defined(IDC_TILES)
+  if (in_tiles(plan.params->head_dim, plan.pairs)) return pack_v_tiles(plan, rows, row_bytes, length, out);
+#endif
   switch (form_of(plan)) {
     case Form::kFloat32:
       return pack_v_form<Form::kFloat32>(plan, rows, row_bytes, length, out);

@@ -11,6 +11,7 @@ namespace cpu {
 namespace {
 
 struct Float32 {
+  static constexpr bool kInTiles = false;
   static IDC_INLINE V multiply_add(V a, V b, V c) { return fma(a, b, c); }
 };
 

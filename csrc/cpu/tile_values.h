@@ -37,18 +37,22 @@ struct Place {
 
 template <class Dot, int R, int N>
 IDC_INLINE void accumulate(V (&acc)[R][N], const Block& block, const Place& at, int branch) {
-  const int64_t steps = block.steps[branch];
-  const float* p = block.scores[branch] + at.row;
-  const float* v = block.values[branch] + at.vector * kLanes * steps;
-  for (int64_t s = 0; s < steps; ++s, p += kRows, v += N * kLanes) {
-    V value[N];
+  if constexpr (Dot::kInTiles) {
+    Dot::accumulate(acc, block, at, branch);
+  } else {
+    const int64_t steps = block.steps[branch];
+    const float* p = block.scores[branch] + at.row;
+    const float* v = block.values[branch] + at.vector * kLanes * steps;
+    for (int64_t s = 0; s < steps; ++s, p += kRows, v += N * kLanes) {
+      V value[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) value[j] = load(v + j * kLanes);
+      for (int j = 0; j < N; ++j) value[j] = load(v + j * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const V x = all(p[r]);
+      for (int r = 0; r < R; ++r) {
+        const V x = all(p[r]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] = Dot::multiply_add(x, value[j], acc[r][j]);
+        for (int j = 0; j < N; ++j) acc[r][j] = Dot::multiply_add(x, value[j], acc[r][j]);
+      }
     }
   }
 }
@@ -231,11 +235,19 @@ IDC_INLINE void values_of_group(int64_t vectors, const Block& block, Place at) {
 
 template <class Rule, class Dot>
 void values(const Block& block) {
-  const Groups groups(ceil_div(block.head_dim, kLanes), kMaxVectors);
-  for (int64_t g = 0; g < groups.count; ++g) {
-    const int64_t first_channel = groups.offset(g) * kLanes;
-    const int64_t channels = smaller(block.head_dim - first_channel, groups.size(g) * kLanes);
-    values_of_group<Rule, Dot>(groups.size(g), block, Place{0, groups.offset(g), channels});
+  if constexpr (Dot::kInTiles) {
+    for (int64_t d = 0; d < block.head_dim; d += kLanes) {
+      for (int64_t row = 0; row < block.rows; row += kLanes)
+        pick_rows<Rule, Dot, 1, kLanes>(smaller(block.rows - row, kLanes), block,
+                                        Place{row, d / kLanes, kLanes});
+    }
+  } else {
+    const Groups groups(ceil_div(block.head_dim, kLanes), kMaxVectors);
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t first_channel = groups.offset(g) * kLanes;
+      const int64_t channels = smaller(block.head_dim - first_channel, groups.size(g) * kLanes);
+      values_of_group<Rule, Dot>(groups.size(g), block, Place{0, groups.offset(g), channels});
+    }
   }
 }
 

@@ -8,6 +8,7 @@ namespace cpu {
 namespace {
 
 struct Pairs {
+  static constexpr bool kInTiles = false;
   static IDC_INLINE V multiply_add(V a, V b, V c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }

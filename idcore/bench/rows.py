@@ -97,7 +97,7 @@ def _figures(times: dict[str, Timing], floor: float, share: bool) -> dict[str, A
         "spread": [round(ours.p10, 4), round(ours.p90, 4)],
         "ratio": ratios,
         "share_of_peak": round(floor / ours.ms, 3) if share else None,
-        "floor_ms": round(floor, 4),
+        "floor_ms": float(f"{floor:.3g}"),
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from idcore.backends import cpu, reference_tokens, sdpa
+from idcore.backends import cpu, cpu_tokens, sdpa
 from idcore.bench import align_face, kv_bank
 from idcore.bench.main import main
 from idcore.bench.ops import OPS, OWN_ROWS
@@ -107,8 +107,8 @@ def test_every_op_is_measured_in_both_directions(capsys, monkeypatch):
 
 def test_red_gradients_print_no_time(capsys, monkeypatch):
     pytest.importorskip("idcore._C", reason="the compiled module is not built")
-    right = reference_tokens.backward
-    monkeypatch.setattr(reference_tokens, "backward", lambda *a, **k: [2 * t for t in right(*a, **k)])
+    right = cpu_tokens.backward
+    monkeypatch.setattr(cpu_tokens, "backward", lambda *a, **k: [2 * t for t in right(*a, **k)])
     code, report = run(capsys, "stage_tokens", *SHORT, "--dtype", "fp32", "--passes", "bwd")
     assert code == 1
     for row in report["rows"]:
