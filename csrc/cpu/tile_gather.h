@@ -24,13 +24,13 @@ IDC_NOINLINE void gather_sums(const float* g, const float* h, int64_t width, int
                               const float* factor, const float* alpha, float* sums, float* along) {
   for (int64_t d = 0; d < width; d += kLanes) {
     const V a = load_words(alpha + d, smaller(head_dim - d, kLanes));
-    V sum = load(sums + d);
+    V sum = zero();  // of this block alone, as in the forward
     for (int r = 0; r < kRows; ++r) {
       const V gh = mul(load(g + r * width + d), load(h + r * width + d));
       sum = fma(all(factor[r]), gh, sum);
       store(along + r * kLanes, d == 0 ? mul(gh, a) : fma(gh, a, load(along + r * kLanes)));
     }
-    store(sums + d, sum);
+    store(sums + d, add(sum, load(sums + d)));
   }
 }
 

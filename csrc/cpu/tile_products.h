@@ -101,15 +101,7 @@ template <Sum kSum, int R, int N>
 IDC_NOINLINE void mix_tile(const Mix& m, int64_t first, int64_t vector) {
   V acc[R][N];
   float* y = m.y + first * m.width + vector * kLanes;
-  if (m.fresh) {
-    clear(acc);
-  } else {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] = load(y + r * m.width + j * kLanes);
-    }
-  }
+  clear(acc);
   const bool over_tokens = kSum == Sum::kTokens;
   const float* x = m.x + vector * kLanes;
   const int64_t steps = over_tokens ? m.length : kRows;
@@ -130,7 +122,10 @@ IDC_NOINLINE void mix_tile(const Mix& m, int64_t first, int64_t vector) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(y + r * m.width + j * kLanes, acc[r][j]);
+    for (int j = 0; j < N; ++j) {
+      float* to = y + r * m.width + j * kLanes;
+      store(to, m.fresh ? acc[r][j] : add(acc[r][j], load(to)));
+    }
   }
 }
 

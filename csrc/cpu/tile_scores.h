@@ -15,18 +15,34 @@ struct Float32 {
   static IDC_INLINE V multiply_add(V a, V b, V c) { return fma(a, b, c); }
 };
 
+// Steps that are summed in sequence: the error of such a sum grows with its length.
+constexpr int64_t kScoreSteps = 64;
+
 template <class Dot, int N>
 IDC_NOINLINE void score_tile(const float* q, const float* k, int64_t steps, float* scores, float* top) {
   V acc[N][2];
+  for (int64_t from = 0; from < steps; from += kScoreSteps) {
 #pragma GCC unroll 16
-  for (int j = 0; j < N; ++j) acc[j][0] = acc[j][1] = zero();
-  for (int64_t s = 0; s < steps; ++s, q += kRows, k += N) {
-    const V q0 = load(q), q1 = load(q + kLanes);
+    for (int j = 0; j < N; ++j) acc[j][0] = acc[j][1] = zero();
+    const int64_t last = smaller(steps, from + kScoreSteps);
+    for (int64_t s = from; s < last; ++s, q += kRows, k += N) {
+      const V q0 = load(q), q1 = load(q + kLanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        const V x = all(k[j]);
+        acc[j][0] = Dot::multiply_add(x, q0, acc[j][0]);
+        acc[j][1] = Dot::multiply_add(x, q1, acc[j][1]);
+      }
+    }
+    if (steps <= kScoreSteps) break;
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      const V x = all(k[j]);
-      acc[j][0] = Dot::multiply_add(x, q0, acc[j][0]);
-      acc[j][1] = Dot::multiply_add(x, q1, acc[j][1]);
+      if (from > 0) {
+        acc[j][0] = add(acc[j][0], load(scores + j * kRows));
+        acc[j][1] = add(acc[j][1], load(scores + j * kRows + kLanes));
+      }
+      store(scores + j * kRows, acc[j][0]);
+      store(scores + j * kRows + kLanes, acc[j][1]);
     }
   }
   V top0 = load(top), top1 = load(top + kLanes);

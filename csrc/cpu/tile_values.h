@@ -155,9 +155,9 @@ struct OrthoMerge {
                 *amount = block.amount[b - 1] + at.row;
     float* hi = block.sums + (b - 1) * 2 * padded(block.head_dim) + at.vector * kLanes;
     float* hh = hi + padded(block.head_dim);
-    V sum_hi[N], sum_hh[N];
+    V sum_hi[N], sum_hh[N];  // of this tile alone: the error of long sums in sequence grows with their length
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum_hi[j] = load(hi + j * kLanes), sum_hh[j] = load(hh + j * kLanes);
+    for (int j = 0; j < N; ++j) sum_hi[j] = sum_hh[j] = zero();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const V f = all(norm[r]), w = all(weight[r]), s = all(amount[r]);
@@ -170,7 +170,10 @@ struct OrthoMerge {
       }
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(hi + j * kLanes, sum_hi[j]), store(hh + j * kLanes, sum_hh[j]);
+    for (int j = 0; j < N; ++j) {
+      store(hi + j * kLanes, add(sum_hi[j], load(hi + j * kLanes)));
+      store(hh + j * kLanes, add(sum_hh[j], load(hh + j * kLanes)));
+    }
   }
 
   // h = acc * norm

@@ -43,6 +43,12 @@ def test_random_calls(op, backend):
     run(op, backend, range(200))
 
 
+@pytest.mark.parametrize("seed", [10477, 10723, 11032, 11702, 11867])
+def test_calls_whose_alpha_shows_the_error_of_long_sums(seed):
+    """One text token under many rows, very few rows, and D = 256: there alpha is a quotient of cancelling sums."""
+    run("id_attention", "cpu", [seed])
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("op", "backend"), PAIRS)
 def test_many_random_calls(op, backend):
