@@ -21,7 +21,6 @@ from .native import DTYPES, MAX_IDENTITIES, addresses, call_tuples, head_tensor
 
 NAME = "cpu"
 DIFFERENTIABLE = False
-HAS_BACKWARD = True
 
 MAX_HEAD_DIM = 256
 

@@ -19,7 +19,6 @@ from .call import Args, Call
 
 NAME = "cuda"
 DIFFERENTIABLE = False
-HAS_BACKWARD = False
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (40, 64, 80, 128, 160)

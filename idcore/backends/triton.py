@@ -21,7 +21,6 @@ from .call import Args, Call, Stats
 
 NAME = "triton"
 DIFFERENTIABLE = False
-HAS_BACKWARD = True
 
 # float32 tiles above would spill
 MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}

@@ -238,3 +238,18 @@ def usable_for_bank(backend, stage):
         call = Call("cpu", torch.float32, 3, 2, 33, 7, 16, (5,), "ortho_v2", False, False, True, False, True, 4)
         if not isinstance(stage, int) and (reasons := dispatch.why_not("cpu", call)):
             pytest.skip("; ".join(reasons))
+
+
+def test_the_registered_op_trains_where_only_pytorch_can_run_the_call():
+    """A head too wide for the compiled kernels, met under torch.compile: PyTorch's forward, the closed form back."""
+    q, kt, vt, ki, vi = case(d=272)
+    assert dispatch.choose(Call("cpu", q.dtype, 2, 2, 5, 4, 272, (3,), "add", *[False] * 4, True)) == "sdpa"
+    scale = torch.ones(1, 2)
+    leaves = [t.requires_grad_() for t in (q, kt, vt, *ki, *vi, scale)]
+    op = torch.ops.idcore.id_attention_for_training
+    got = op(q, kt, vt, ki, vi, scale, None, None, None, "ortho_v2", 2, 5, "")[0]
+    want = id_attention(q, kt, vt, ki, vi, id_scale=scale, merge="ortho_v2", num_zero=2, backend="reference")
+    assert (got - want).abs().max() < 1e-5
+    weight = torch.linspace(-1, 1, 272)
+    for x, y in zip(*(torch.autograd.grad((t * weight).sum(), leaves) for t in (got, want))):
+        assert (x - y).abs().max() < 2e-5 * max(1.0, float(y.abs().max()))
