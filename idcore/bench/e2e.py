@@ -18,12 +18,13 @@ from ..attach import attach
 from ..attention.sites import attention_of, find_sites
 from ..attention.types import AttentionOptions, Site
 from ..identity import Identity
+from ..testing.cases import DTYPES
 from .launches import count_launches
 from .rivals import EagerIdProcessor, TextOnlyProcessor
+from .rows import numbers
 from .unets import BASES, base_model
 
 VARIANTS = ("stock", "own_text_only", "id", "id_eager")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 2048  # of an identity token, as in PuLID
 
 
@@ -162,9 +163,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench e2e`."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in text.split(","))
 
     parser.add_argument("--base", choices=BASES, default="sdxl-random")
     parser.add_argument("--size", type=int, default=512, help="pixels, a multiple of 64")

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..errors import InputError, MissingDependencyError
+from ..testing.cases import DTYPES
+from .rows import numbers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASES = ("tiny", "sdxl-random")
 PROMPT = "photo, green background"
 
@@ -210,9 +211,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench latency`."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in text.split(","))
 
     parser.add_argument("--base", choices=BASES, default="tiny")
     parser.add_argument("--batches", type=numbers, default=(1, 2, 4, 8), help="pictures in a call: a row each")

@@ -39,10 +39,6 @@ def _names(allowed: Sequence[str]):
     return parse
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idcore.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -58,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--merge", type=_names(id_attention.MERGES), default=id_attention.MERGES)
         both = rows.PASSES if name == "ops" else ("fwd",)
         p.add_argument("--passes", type=_names(rows.PASSES), default=both, help="fwd, bwd (all gradients), or both")
-        p.add_argument("--batch", type=_numbers, default=(1,) if name == "ops" else (1, 2),
+        p.add_argument("--batch", type=rows.numbers, default=(1,) if name == "ops" else (1, 2),
                        help="batch sizes of id_attention, such as 1,2")  # fmt: skip
         p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")
         p.add_argument(

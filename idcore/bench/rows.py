@@ -79,6 +79,11 @@ def work(case: Any, direction: str) -> dict[str, int]:
     return {"flops": case.backward_flops, "bytes": 2 * case.bytes}
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Of an argument such as "1,2"."""
+    return tuple(int(n) for n in text.split(","))
+
+
 def floor_ms(case: Any, direction: str, gflops: float | None, gb_per_s: float) -> float:
     """What the machine needs at the least: on a CPU, whose caches hold a layer, arithmetic; with gflops None bytes."""
     done = work(case, direction)

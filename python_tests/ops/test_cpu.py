@@ -13,16 +13,6 @@ from idcore.testing import MODEL_CASES, ODD_CASES, Case, assert_parity, make_inp
 from idcore.testing.cases import LAYOUTS, MERGES
 
 _C = pytest.importorskip("idcore._C", reason="the compiled module is not built: pip install -e .")
-ISAS = _C.compiled_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if request.param not in _C.usable_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("")
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))

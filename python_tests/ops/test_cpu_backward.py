@@ -14,16 +14,6 @@ from idcore.testing.eager import eager_id_attention
 from idcore.testing.parity import FLOOR
 
 _C = pytest.importorskip("idcore._C", reason="the compiled module is not built: pip install -e .")
-ISAS = _C.compiled_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if request.param not in _C.usable_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("")
 
 
 def doubled(a):

@@ -18,15 +18,6 @@ _C = pytest.importorskip("idcore._C", reason="the compiled module is not built: 
 KINDS = {"semantic": (SemanticCase, random_semantic_case), "token": (TokenLossCase, random_token_loss_case)}
 
 
-@pytest.fixture(params=_C.compiled_isas())
-def isa(request):
-    if request.param not in _C.usable_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_shapes(kind, isa):
     """Tails of rows, tokens and channels, and rows that fill more than one segment."""
