@@ -20,21 +20,14 @@ from PIL import Image
 
 from ..encoders.analyzer import EmbeddedAnalyzer
 from ..encoders.images import ImageLike
+from ..prompts import load
 
 if TYPE_CHECKING:
     from ..identity import Identity
     from ..sampling.tiny_pipeline import TinyPipeline
 
-PROMPTS = (
-    ("a photo of a person, blue background", "blue"),
-    ("a photo of a smiling person, green background", "green"),
-    ("a pencil drawing of a person, white background", "white"),
-    ("an oil painting of a person, red background", "red"),
-    ("a cartoon of a person, yellow background", "yellow"),
-    ("a sepia photo of a person, gray background", "gray"),
-    ("a night photo of a person, black background", "black"),
-    ("a photo of a person looking left, purple background", "purple"),
-)
+_SET = load("tiny")
+PROMPTS = tuple((text, labels["background"]) for text, labels in zip(_SET, _SET.labels))
 PEOPLE = 24
 FIRST_SEED = 1_000  # people of the gate; those of the training begin at pool.TRAIN_SEED
 REAL_SEEDS = 4
