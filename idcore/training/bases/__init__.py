@@ -1,0 +1,1 @@
+"""Frozen base models for training: what `idcore.training.contract.Base` asks for."""

@@ -1,0 +1,53 @@
+"""Encoded prompts, each encoded once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+Rows = tuple[Tensor, Tensor | None]
+KEPT = 2048  # prompts; 330 kB each for SDXL in 16 bit (our choice)
+
+
+class TextCache:
+    """Prompts to rows of embeddings, in main memory, the longest unused dropped first.
+
+    Args:
+        encode: prompts to (embeds [B, L, E], pooled [B, P] or None); called without gradients.
+        kept: prompts that are kept.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Rows], kept: int = KEPT) -> None:
+        self._encode, self.kept = encode, kept
+        self._rows: OrderedDict[str, Rows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, prompts: Sequence[str]) -> Rows:
+        """(embeds [B, L, E], pooled [B, P] or None), new tensors on the CPU.
+
+        Raises:
+            InputError: no list of strings, or an empty one.
+        """
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise InputError(f"prompts: wanted a list of one or more strings, got {prompts!r:.80}")
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
+        if missing:
+            with torch.no_grad():
+                embeds, pooled = self._encode(missing)
+            for i, prompt in enumerate(missing):
+                row = embeds[i].detach().cpu().clone()
+                self._rows[prompt] = row, None if pooled is None else pooled[i].detach().cpu().clone()
+        for prompt in prompts:
+            self._rows.move_to_end(prompt)
+        rows = [self._rows[p] for p in prompts]
+        while len(self._rows) > self.kept:
+            self._rows.popitem(last=False)
+        pooled = None if rows[0][1] is None else torch.stack([p for _, p in rows])
+        return torch.stack([e for e, _ in rows]), pooled
