@@ -53,10 +53,11 @@ class RandomSystem:
 
 
 class Clock:
-    """Seconds spent in the cross-attention layers of the last pass, projections included."""
+    """Seconds spent in each cross-attention layer of the last pass, projections included."""
 
     def __init__(self, unet: nn.Module, device: str) -> None:
-        self.seconds, self._start, self._device = 0.0, 0.0, device
+        self.seconds: list[float] = []
+        self._start, self._device = 0.0, device
         for site in find_sites(unet):
             layer = attention_of(unet, site)
             layer.register_forward_pre_hook(self._enter)
@@ -71,14 +72,14 @@ class Clock:
         self._start = self._now()
 
     def _leave(self, *_: Any) -> None:
-        self.seconds += self._now() - self._start
+        self.seconds.append(self._now() - self._start)
 
-    def one_pass(self, forward: Callable[[], object]) -> tuple[float, float]:
-        """Seconds of the pass, and of the cross-attention layers in it."""
-        self.seconds = 0.0
+    def one_pass(self, forward: Callable[[], object]) -> list[float]:
+        """Seconds of the pass, and behind it of each cross-attention layer in the order of the pass."""
+        self.seconds = []
         start = self._now()
         forward()
-        return self._now() - start, self.seconds
+        return [self._now() - start, *self.seconds]
 
 
 def variants(unet: nn.Module, system: RandomSystem, person: Identity) -> dict[str, nn.Module]:
@@ -94,17 +95,21 @@ def variants(unet: nn.Module, system: RandomSystem, person: Identity) -> dict[st
 
 
 def _measure(unets: dict[str, nn.Module], clocks: dict[str, Clock], inputs: dict[str, Any], options):
-    """Medians of interleaved passes: {variant: (unet seconds, processors' seconds)}, and the results."""
-    samples: dict[str, list[tuple[float, float]]] = {v: [] for v in VARIANTS}
+    """Medians of interleaved passes: {variant: (unet seconds, processors' seconds)}, and the results.
+
+    The processors' seconds are the sum of each layer's own median: what disturbs a moment of a pass disturbs one layer.
+    """
+    samples: dict[str, list[list[float]]] = {v: [] for v in VARIANTS}
     results: dict[str, Tensor] = {}
     for turn in range(options.warmup + options.rounds):
-        for variant in VARIANTS:
+        for variant in VARIANTS[:: -1 if turn % 2 else 1]:  # so that none always follows the same one
             took = clocks[variant].one_pass(lambda v=variant: results.__setitem__(v, unets[v](**inputs).sample))
-            print(f"turn {turn} {variant}: {took[0]:.2f} s, processors {took[1]:.3f} s", file=sys.stderr, flush=True)
+            line = f"turn {turn} {variant}: {took[0]:.2f} s, processors {sum(took[1:]):.3f} s"
+            print(line, file=sys.stderr, flush=True)
             if turn >= options.warmup:
                 samples[variant].append(took)
-    medians = {v: tuple(statistics.median(x) for x in zip(*s, strict=True)) for v, s in samples.items()}
-    return medians, results
+    medians = {v: [statistics.median(x) for x in zip(*s, strict=True)] for v, s in samples.items()}
+    return {v: (m[0], sum(m[1:])) for v, m in medians.items()}, results
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -146,10 +151,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     unets = variants(unet, system, person)
     clocks = {v: Clock(u, device) for v, u in unets.items()}
     launches, rows = {}, []
+    small = {**inputs, "sample": inputs["sample"][..., :8, :8]}  # launches do not depend on the picture's size
     for v, u in unets.items():
-        u(**inputs)  # what is kept from step to step is made in the first pass
+        u(**small)  # what is kept from step to step is made in the first pass
         layers = [attention_of(u, site) for site in find_sites(u)]
-        launches[v] = count_launches(lambda u=u: u(**inputs), layers) / len(layers)
+        launches[v] = count_launches(lambda u=u: u(**small), layers) / len(layers)
     before = torch.get_num_threads()
     try:
         for threads in options.threads_list or (before,):

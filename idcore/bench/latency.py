@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import InputError, MissingDependencyError
 from ..testing.cases import DTYPES
+from ..testing.timing import percentile
 from .rows import numbers
 
 BASES = ("tiny", "sdxl-random")
@@ -130,11 +131,6 @@ class RandomSDXLEngine:
         )  # fmt: skip
 
 
-def _percentile(samples: list[float], share: float) -> float:
-    ordered = sorted(samples)
-    return ordered[round(share * (len(ordered) - 1))]
-
-
 def _row(engine: Engine, watch: Stopwatch, options: argparse.Namespace, batch: int) -> dict[str, Any]:
     samples: list[dict[str, float]] = []
     for turn in range(1 + options.rounds):
@@ -150,7 +146,7 @@ def _row(engine: Engine, watch: Stopwatch, options: argparse.Namespace, batch: i
     return {
         "base": options.base, "batch": batch, "steps": options.steps, "size": options.size, "dtype": options.dtype,
         "identity": options.identity, "cold_s": round(cold, 5), "p50_s": round(p50, 5),
-        "p90_s": round(_percentile(totals, 0.9), 5), "images_per_s": round(batch / p50, 3),
+        "p90_s": round(percentile(totals, 0.9), 5), "images_per_s": round(batch / p50, 3),
         **{f"{p}_s": round(s, 5) for p, s in parts.items()},
         "other_s": round(p50 - sum(parts.values()), 5), "rounds": options.rounds,
     }  # fmt: skip

@@ -63,4 +63,4 @@ class TextOnlyProcessor:
             self._kept = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (attn.to_q(hidden_states), *self._kept))
         out = attn.to_out[1](attn.to_out[0](id_attention(q, k, v).transpose(1, 2).flatten(2)))
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor

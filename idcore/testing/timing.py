@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,13 @@ class Timing:
     p90: float
 
 
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The sample that stands nearest to `share` (0..1) of the way from the least to the largest one."""
+    return sorted(samples)[round(share * (len(samples) - 1))]
+
+
 def _summary(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+    return Timing(statistics.median(samples), percentile(samples, 0.1), percentile(samples, 0.9))
 
 
 def _wait(device: str) -> None:

@@ -14,7 +14,7 @@ from idcore.ops import id_attention
 from idcore.testing import Case, assert_parity, check_parity, fuzz, make_inputs, random_case
 from idcore.testing.cases import LAYOUTS
 from idcore.testing.eager import eager_id_attention
-from idcore.testing.timing import interleaved
+from idcore.testing.timing import interleaved, percentile
 
 SMALL = Case("small", "test", heads=2, lq=20, lt=7, li=(3,), num_zero=2)
 
@@ -65,6 +65,12 @@ def test_interleaving_takes_turns():
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
     assert times["a"].p10 <= times["a"].ms <= times["a"].p90
+
+
+def test_percentiles_are_samples():
+    samples = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert [percentile(samples, share) for share in (0.0, 0.5, 0.9, 1.0)] == [1.0, 3.0, 5.0, 5.0]
+    assert percentile([7.0], 0.9) == 7.0
 
 
 def run(capsys, *arguments):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ...testing.timing import percentile
+
 Call = Callable[[], object]
 
 
@@ -68,11 +70,10 @@ def launched_microseconds(calls: Mapping[str, Call], rounds: int = 30, batch: in
 
 
 def _summary(found: list[float]) -> dict[str, float]:
-    found, last = sorted(found), len(found) - 1
     return {
         "us": round(statistics.median(found), 2),
-        "p10": round(found[round(0.1 * last)], 2),
-        "p90": round(found[round(0.9 * last)], 2),
+        "p10": round(percentile(found, 0.1), 2),
+        "p90": round(percentile(found, 0.9), 2),
     }
 
 
