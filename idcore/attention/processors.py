@@ -80,7 +80,7 @@ class IdAttnProcessor:
         if binding is None:
             return _plain()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         active = binding.stack.active(binding.site.name)
-        if not active:
+        if not active and binding.stack.tap is None:
             return binding.run_found(attn, hidden_states, given)
         return _conditioned(binding, active, attn, hidden_states, given)
 
@@ -158,6 +158,8 @@ def _before_output(
     query = attn.to_q(states)
     key, value = _text_kv(binding, attn, states, text)
     call = TextCall(attn, query, key, value, given["attention_mask"])
+    if binding.stack.tap is not None:
+        binding.stack.tap(binding.site.name, call.q, call.k)
     size = None
     if any(c.has_masks for c in active):
         size = binding.stack.size() if image is None else tuple(image[-2:])
@@ -169,7 +171,7 @@ def _before_output(
         context, mask = given["encoder_hidden_states"], given["attention_mask"]
         total = before_output(found, attn, states, query, context, mask, extra)
     else:
-        total = call.joined(groups.pop(0))
+        total = call.joined(groups.pop(0) if groups else None)
     if groups:
         plain = call.joined(None)
         for group in groups:

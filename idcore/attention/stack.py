@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ class IdStack:
         self.hook: Any = None
         self.here = _PerThread()
         self.latest: tuple[int, int] | None = None
+        # Shown (site name, q [B, H, Lq, D], text k [Bt, H, Lt, D]) at every layer while set (`training.injection`).
+        self.tap: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
 
     # -- reading, at every call -----------------------------------------------------------------
 
