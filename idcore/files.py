@@ -142,6 +142,7 @@ def write_safetensors(
     try:
         save_file(_separate(tensors), str(staging), metadata=dict(metadata or {}))
         with open(staging, "rb+") as f:
+            os.fchmod(f.fileno(), 0o666 & ~_umask())  # the library may write for the owner alone
             os.fsync(f.fileno())
         os.replace(staging, path)
     except (OSError, SafetensorError) as e:
@@ -152,6 +153,12 @@ def write_safetensors(
         except OSError:  # no folder to clean, or one that cannot be written: nothing was left there
             pass
     return path
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,141 @@
+"""Processes of one run: which device, what all of them agree on, and signals that ask to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import IdcoreError, InputError
+from .config import LoopConfig
+
+
+class TrainingStopped(IdcoreError):
+    """A signal asked to stop: a checkpoint was written. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def device_of(c: LoopConfig) -> torch.device:
+    """The device that `train` will use in this process: where a task puts its models."""
+    if c.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_accelerator(c: LoopConfig, out: Any) -> Any:
+    """accelerate's view of the processes, with the settings' precision and trackers."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    from .records import check_trackers
+
+    on_cpu = device_of(c).type == "cpu"
+    if c.precision == "fp16" and on_cpu:
+        raise InputError("settings: precision fp16 needs a GPU; on the CPU choose bf16 or no")
+    if c.precision == "fp16" and c.parallel == "fsdp":
+        raise InputError("settings: precision fp16 does not go with parallel fsdp; choose bf16")
+    check_trackers(c.trackers)
+    AcceleratorState._reset_state()  # another run in this process may have had another precision
+    return Accelerator(
+        mixed_precision=c.precision, cpu=on_cpu, log_with=list(c.trackers) or None, project_dir=str(out),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=_patience()),
+        ],
+    )  # fmt: skip
+
+
+def _patience() -> Any:
+    from datetime import timedelta
+
+    return timedelta(hours=2)  # the others wait while process 0 validates and saves
+
+
+def everyone(value: Any) -> list[Any]:
+    """A plain value of every process, at every process."""
+    if not grouped():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's plain value, at every process."""
+    if not grouped():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def grouped() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class StopSignals:
+    """While open, SIGTERM and the first SIGINT only set `asked`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+class Computation(nn.Module):
+    """What is wrapped for several processes: its forward runs any function that uses `trained`'s weights.
+
+    DDP and FSDP act when the wrapped module is called; a task calls parts of its module in its own order.
+    """
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+
+    def forward(self, compute: Any) -> Any:
+        return compute()
+
+
+@contextlib.contextmanager
+def determinism(c: LoopConfig) -> Iterator[None]:
+    """What `deterministic` asks for, while open."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if c.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.backends.cudnn.benchmark = was[1]
