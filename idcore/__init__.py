@@ -19,6 +19,7 @@ _HOME = {
     "PuLID": "systems.pulid",
     "FaceID": "systems.faceid",
     "InstantID": "systems.instantid",
+    "DreamIdentity": "systems.dreamidentity",
     "IDPipeline": "sampling.id_pipeline",
     "TinyPipeline": "sampling.tiny_pipeline",
     "default_analyzer": "encoders.analyzer",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .ops import explain, id_attention
     from .sampling.id_pipeline import IDPipeline
     from .sampling.tiny_pipeline import TinyPipeline
+    from .systems.dreamidentity import DreamIdentity
     from .systems.faceid import FaceID
     from .systems.instantid import InstantID
     from .systems.pulid import PuLID

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from typing import Any
@@ -47,7 +48,8 @@ def attach(
         pipe_or_unet: A pipeline with a `unet` (SD 1.x, SD 2.x, SDXL and their img2img, inpaint, ControlNet forms),
             or the UNet, compiled or not.
         system: An object that meets `idcore.systems.base.System`, e.g. PuLID. None: the identities hold their keys and
-            values for this base model themselves (`Identity.with_bank`), and no adapter's weights are needed.
+            values for this base model themselves (`Identity.with_bank`), or are words, and no adapter's weights are
+            needed.
         identity: An `Identity` (one row for all images, or one row per image of the batch), or a list of them:
             several people in one image.
         id_scale: Strength, usually 0 to 5. A number; a mapping per layer as in diffusers' `set_ip_adapter_scale`
@@ -60,15 +62,29 @@ def attach(
             ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An identity without `uncond_tokens` does
             not act on uncond parts.
         backend: Backend of `id_attention` to insist on. Default: the first that can run each call.
-        **options: `merge`, `num_zero`, `num_global` in place of the system's own.
+        **options: `merge`, `num_zero`, `num_global` in place of the system's own. Systems that act through the prompt
+            (DreamIdentity, SeFi-IDE) take a pipeline, `id_scale` 1 or 0, and `placeholder` and `class_word`; see their
+            `put_on`.
 
     Returns:
-        A `Handle`; also a context manager that detaches at its end.
+        A `Handle`, or of a system that acts through the prompt its own kind of one; also a context manager that
+        detaches at its end.
 
     Raises:
         InputError: what was given does not fit together; the text says what does.
         NoBackendError: the named backend cannot run on this model, with its reasons.
     """
+    if system is None and _are_words(identity):
+        from .systems.words import WordSystem
+
+        system = WordSystem()
+    if hasattr(system, "put_on"):
+        in_the_unet = {
+            "id_mask": id_mask, "id_guidance_start": id_guidance_start or None, "id_schedule": id_schedule,
+            "id_guidance_end": None if id_guidance_end == 1.0 else id_guidance_end,
+            "cfg": None if cfg == "auto" else cfg,
+        }  # fmt: skip
+        return _by_prompt(system, pipe_or_unet, identity, in_the_unet, id_scale, backend, options)
     pipe, unet = _parts(pipe_or_unet)
     if system is None:
         from .systems.banked import BankedSystem
@@ -197,6 +213,30 @@ class Handle:
         """Text: layers, scales, merge, guidance, what stands under each processor, and the backend each layer takes
         with what speaks against the faster ones."""
         return describe(self._unet, self._stack, self._conditioning, self.attached)
+
+
+def _are_words(identity: Any) -> bool:
+    from .systems.words import WORD_SYSTEMS
+
+    people = identity if isinstance(identity, (list, tuple)) else [identity]
+    return bool(people) and all(getattr(p, "system", None) in WORD_SYSTEMS for p in people)
+
+
+def _by_prompt(
+    system: Any, pipe: Any, identity: Any, in_the_unet: dict[str, Any], id_scale: Any, backend: str | None,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """A system that acts through the prompt puts itself on."""
+    wrong = [name for name, value in in_the_unet.items() if value is not None]
+    given = {**options, **({} if backend is None else {"backend": backend})}
+    known = inspect.signature(system.put_on).parameters
+    wrong += [name for name in given if name not in known]
+    if wrong:
+        takes = ", ".join(n for n in known if n not in ("pipe", "identity"))
+        raise InputError(
+            f"attach: {system.name} acts through the prompt and does not take {', '.join(wrong)}; it takes {takes}"
+        )
+    return system.put_on(pipe, identity, id_scale=id_scale, **given)
 
 
 def _parts(pipe_or_unet: Any) -> tuple[Any, nn.Module]:

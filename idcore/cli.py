@@ -29,11 +29,13 @@ Choose = Annotated[
 System = Annotated[
     str,
     typer.Option(
-        help='"tiny" (embedded); a fetched recipe ("pulid-v1.1"); or "pulid", "faceid", "auto" with --weights.'
+        help='"tiny" (embedded); a fetched recipe ("pulid-v1.1"); or with --weights "pulid", "faceid", '
+        '"dreamidentity", "auto".'
     ),
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="Weights of PuLID, FaceID or InstantID: safetensors in any published layout.")
+    Path | None,
+    typer.Option(help="Weights of PuLID, FaceID, InstantID (any published layout) or DreamIdentity: safetensors."),
 ]
 Vision = Annotated[
     Path | None,
@@ -77,7 +79,7 @@ def encode(
 
     identity = encode_photos(
         photos, system=system, weights=weights, vision=vision, parsing=parsing, retinaface=retinaface, faces=faces,
-        choose=choose,
+        choose=choose, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     identity.save(out)
     typer.echo(f"{out}: {identity}", err=True)
@@ -101,7 +103,10 @@ def mix(
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    id: Annotated[Path | None, typer.Option("--id", help="A photo, or an identity made by `idcore encode`.")] = None,
+    id: Annotated[
+        Path | None,
+        typer.Option("--id", help="A photo, an identity made by `idcore encode`, or learned_embeds.safetensors."),
+    ] = None,
     base: Annotated[
         str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL or SD 1.5 pipeline.')
     ] = "tiny",
@@ -121,6 +126,9 @@ def generate(
     preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
+    placeholder: Annotated[
+        str | None, typer.Option(help='DreamIdentity, textual inversion: the word that is the person, e.g. "S*".')
+    ] = None,
 ) -> None:
     """Pictures of a prompt, with a person's identity."""
     from .generating import GenerateRequest, generate_pictures
@@ -129,6 +137,7 @@ def generate(
         prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,
         id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
         vision=vision, parsing=parsing, retinaface=retinaface, preset=preset, faces=faces, choose=choose,
+        placeholder=placeholder,
     )  # fmt: skip
     for path in generate_pictures(request):
         typer.echo(path)

@@ -15,6 +15,8 @@ from .workflows import analyzer, check_system, chosen_files, face_choice, save_p
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .identity import Identity
+
 TINY_BATCH = 16
 
 
@@ -42,6 +44,7 @@ class GenerateRequest:
     preset: str | None = None
     faces: str = "embedded"
     choose: str = "largest"
+    placeholder: str | None = None
 
 
 def _is_identity(path: Path) -> bool:
@@ -68,6 +71,28 @@ def generate_pictures(r: GenerateRequest) -> list[Path]:
     info["pictures"] = [p.name for p in paths]
     write_text(out / "generate.json", json.dumps(info, indent=1))
     return paths
+
+
+def _saved(path: Path) -> Identity | None:
+    """A saved identity, or the words of a textual inversion file; None: a photo."""
+    from .identity import Identity
+    from .text.inversion import is_inversion, read_words
+
+    if not _is_identity(path):
+        return None
+    return read_words(path) if is_inversion(path) else Identity.load(path)
+
+
+def require_placeholders(prompt: str, placeholders: Sequence[str]) -> None:
+    """Raise InputError where a person that acts through the prompt is not in it."""
+    from .text.placeholders import mentions
+
+    for name in placeholders:
+        if not mentions(prompt, [name]):
+            raise InputError(
+                f'generate: this identity acts through the prompt, which does not say {name}; write e.g. "a photo of '
+                f'{name}", or name another word with --placeholder'
+            )
 
 
 def _bar(total: int):
@@ -145,9 +170,8 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
     import torch
 
     from .attach import attach
-    from .identity import Identity
     from .sampling.sdxl import few_step_scheduler
-    from .systems.loading import load_system
+    from .systems.loading import load_system, system_for
 
     if r.system == "tiny":
         raise InputError(
@@ -160,14 +184,19 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
     pictures = []
     with contextlib.ExitStack() as on:
         if r.id is not None:
-            saved = _is_identity(r.id)
-            names = ("weights", "vision", "parsing", "retinaface", "faces")
-            files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=not saved)
-            system = load_system(**files, policy=face_choice(r.choose), preset=r.preset, for_photos=not saved)
-            identity = Identity.load(r.id) if saved else system.encode([r.id])
+            identity = _saved(r.id)
+            system = None if identity is None else system_for(identity)
+            if system is None:
+                names = ("weights", "vision", "parsing", "retinaface", "faces")
+                photo = identity is None
+                files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photo)
+                system = load_system(**files, policy=face_choice(r.choose), preset=r.preset, for_photos=photo)
+                identity = identity or system.encode([r.id])
             if getattr(system, "lora_tensors", None):
                 on.enter_context(system.lora(pipe))
-            on.enter_context(attach(pipe, system, identity, id_scale=r.id_scale))
+            named = {} if r.placeholder is None else {"placeholder": r.placeholder}
+            handle = on.enter_context(attach(pipe, system, identity, id_scale=r.id_scale, **named))
+            require_placeholders(r.prompt, getattr(handle, "placeholders", ()))
         with _bar(r.count) as bar:
             for i in range(r.count):  # one at a time: the same seed gives the same picture whatever the count
                 generator = torch.Generator("cpu").manual_seed(r.seed + i)

@@ -31,16 +31,18 @@ def encode_photos(
     retinaface: Path | None = None,
     faces: str = "embedded",
     choose: str = "largest",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Identity:
     """Photos of one person to an identity of the named system.
 
     Args:
         photos: one or several files (JPEG, PNG, WEBP).
-        system: "tiny"; "pulid", "faceid", "instantid", "auto" (what `weights` holds); or a fetched recipe, such as
-            "pulid-v1.1".
+        system: "tiny"; "pulid", "faceid", "instantid", "dreamidentity", "auto" (what `weights` holds); or a fetched
+            recipe, such as "pulid-v1.1".
         weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
+        say: gets a line with what the encoding took, where the system measures it.
     """
     if not photos:
         raise InputError("encode: wanted at least one photo, got none")
@@ -52,7 +54,14 @@ def encode_photos(
 
     files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
     loaded = load_system(**chosen_files(system, files, for_photos=True), policy=face_choice(choose))
-    return loaded.encode(list(photos))
+    identity = loaded.encode(list(photos))
+    timing = getattr(loaded, "timing", None)
+    if timing:
+        say(
+            f"one forward pass for {len(photos)} photo{'s' * (len(photos) > 1)}: {timing['forward_ms']:.1f} ms; "
+            f"finding and cutting out the face: {timing['preprocess_ms']:.1f} ms"
+        )
+    return identity
 
 
 def check_system(system: str) -> None:

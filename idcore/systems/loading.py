@@ -11,7 +11,8 @@ from idcore.hub import usable
 from idcore.recipes import RECIPES, recipe
 from idcore.weights import PULID_LAYOUTS, describe
 
-SYSTEMS = ("pulid", "faceid", "instantid")
+SYSTEMS = ("pulid", "faceid", "instantid", "dreamidentity")
+_FORMATS = {"idcore-dreamidentity": "dreamidentity"}  # files of this project's own, named in their metadata
 _RECIPES = {"pulid": "pulid-v1", "faceid": "faceid-plusv2-sdxl", "instantid": "instantid"}
 # What a needed recipe is to `load_system`, and its file; "": the folder.
 _ROLES = {
@@ -25,19 +26,23 @@ _ROLES = {
 
 
 def system_of(weights: Path) -> str:
-    """ "pulid", "faceid" or "instantid", read from the file's header.
+    """One of `SYSTEMS`, read from the file's header.
 
     Raises:
         WeightsError: the file cannot be read, or holds none of them.
     """
     info = describe(weights)
+    if info.metadata.get("format") in _FORMATS:
+        return _FORMATS[info.metadata["format"]]
     if info.layout in PULID_LAYOUTS:
         return "pulid"
     if info.layout == "ip_adapter" and info.version in ("faceid", "faceid-plus", "resampler"):
         return "instantid" if info.version == "resampler" else "faceid"
     what = "a torch pickle: convert it first (idcore convert FILE --out FILE --unpickle)"
     what = what if info.container == "torch pickle" else f"of layout {info.layout} {info.version}".rstrip()
-    raise WeightsError(f"{weights} holds no identity system; wanted PuLID, FaceID or InstantID, it is {what}")
+    raise WeightsError(
+        f"{weights} holds no identity system; wanted PuLID, FaceID, InstantID or DreamIdentity, it is {what}"
+    )
 
 
 def fetched(name: str, *, for_photos: bool = True, home: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -110,7 +115,12 @@ def load_system(
         raise InputError(f'system must be "auto", {", ".join(SYSTEMS)}, got {system!r}')
     if weights is None:
         name = "pulid" if system == "auto" else system
-        recipe = _RECIPES[name]
+        recipe = _RECIPES.get(name)
+        if recipe is None:
+            raise WeightsError(
+                f"{name} needs weights that were trained for this base model: pass --weights FILE (safetensors); none "
+                "are published"
+            )
         raise WeightsError(
             f"{name} needs its adapter weights: pass --weights FILE (safetensors). `idcore fetch {recipe} --convert` "
             f"downloads them and makes safetensors, `idcore doctor {recipe}` says what is here"
@@ -121,6 +131,8 @@ def load_system(
     if found == "pulid":
         files = {"vision": vision, "parsing": parsing, "retinaface": retinaface}
         return _pulid(weights, files, faces, policy, preset, for_photos)
+    if found == "dreamidentity":
+        return _dreamidentity(weights, faces, policy, for_photos)
     return _face_adapter(found, weights, vision, faces, policy, for_photos)
 
 
@@ -146,6 +158,23 @@ def _pulid(weights: Path, files: dict[str, Any], faces: str, policy: Any, preset
             _analyzer(faces), files["vision"], files["parsing"], files["retinaface"], policy=policy
         )
     return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
+
+
+def _dreamidentity(weights: Path, faces: str, policy: Any, for_photos: bool) -> Any:
+    from idcore.encoders.face_crops import FaceCrops
+    from idcore.systems.dreamidentity import DreamIdentity
+
+    loaded = DreamIdentity.from_weights(weights)
+    if for_photos:
+        loaded.__dict__["preprocess"] = FaceCrops(loaded.config.vit.image_size, _analyzer(faces), policy=policy)
+    return loaded
+
+
+def system_for(identity: Any) -> Any:
+    """The system of a saved identity that needs no weights to be attached (words of a prompt); None: it needs them."""
+    from idcore.systems.words import WORD_SYSTEMS, WordSystem
+
+    return WordSystem() if identity.system in WORD_SYSTEMS else None
 
 
 def _face_adapter(name: str, weights: Path, vision: Any, faces: str, policy: Any, for_photos: bool) -> Any:
