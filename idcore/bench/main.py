@@ -20,23 +20,13 @@ from .gpu import main as gpu
 # Benchmarks of whole models: they need diffusers, which the others do not.
 MODELS = {
     "e2e": "one pass of a whole UNet, with and without identity",
+    "vae": "the decode of latents at full size, diffusers' against ours",
     "latency": "whole pictures by part and batch size, and a photo's enrolment",
 }
 
 
 def _model_bench(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
-
-
-def _names(allowed: Sequence[str]):
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(n for n in text.split(",") if n)
-        wrong = [n for n in names if n not in allowed]
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: choose from {', '.join(allowed)}")
-        return names
-
-    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,14 +36,16 @@ def _parser() -> argparse.ArgumentParser:
         p = commands.add_parser(name, help="all ops" if name == "ops" else f"the op {name}")
         p.add_argument("--backend", default="cpu", help="the backend that is timed (default: cpu)")
         p.add_argument(
-            "--against", type=_names(rows.RIVALS), default=("eager", "compiled"),
+            "--against", type=rows.some_of(rows.RIVALS), default=("eager", "compiled"),
             help=f"what it is compared with, of {', '.join(rows.RIVALS)}",
         )  # fmt: skip
-        p.add_argument("--cases", type=_names(id_attention.CASES), default=tuple(id_attention.DEFAULT_CASES))
-        p.add_argument("--dtype", type=_names(("fp32", "bf16", "fp16")), default=("fp32", "bf16"))
-        p.add_argument("--merge", type=_names(id_attention.MERGES), default=id_attention.MERGES)
+        p.add_argument("--cases", type=rows.some_of(id_attention.CASES), default=tuple(id_attention.DEFAULT_CASES))
+        p.add_argument("--dtype", type=rows.some_of(("fp32", "bf16", "fp16")), default=("fp32", "bf16"))
+        p.add_argument("--merge", type=rows.some_of(id_attention.MERGES), default=id_attention.MERGES)
         both = rows.PASSES if name == "ops" else ("fwd",)
-        p.add_argument("--passes", type=_names(rows.PASSES), default=both, help="fwd, bwd (all gradients), or both")
+        p.add_argument(
+            "--passes", type=rows.some_of(rows.PASSES), default=both, help="fwd, bwd (all gradients), or both"
+        )
         p.add_argument("--batch", type=rows.numbers, default=(1,) if name == "ops" else (1, 2),
                        help="batch sizes of id_attention, such as 1,2")  # fmt: skip
         p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")

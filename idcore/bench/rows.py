@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,19 @@ def work(case: Any, direction: str) -> dict[str, int]:
     if direction == "fwd":
         return {"flops": case.flops, "bytes": case.bytes}
     return {"flops": case.backward_flops, "bytes": 2 * case.bytes}
+
+
+def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Reader of names with commas between, for argparse."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(n for n in text.split(",") if n)
+        wrong = [n for n in names if n not in allowed]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: choose from {', '.join(allowed)}")
+        return names
+
+    return parse
 
 
 def numbers(text: str) -> tuple[int, ...]:

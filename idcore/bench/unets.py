@@ -119,6 +119,19 @@ def _text_encoder(dtype: torch.dtype, device: str, large: bool) -> nn.Module:
     return _filled(model, dtype, device, seed=3)
 
 
+def sdxl_vae(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """SDXL's autoencoder (83,653,863 parameters) with random weights."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
+            scaling_factor=0.13025, force_upcast=True,
+        )  # fmt: skip
+    return vae.to(dtype) if device == "meta" else _filled(vae, dtype, device, seed=4)
+
+
 def sdxl_pipeline(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """StableDiffusionXLPipeline at full size with random weights, and a tokenizer over single bytes.
 
@@ -126,14 +139,8 @@ def sdxl_pipeline(dtype: torch.dtype = torch.float32, device: str = "cpu") -> An
     """
     import diffusers
 
-    with torch.device("meta"):
-        vae = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
-            scaling_factor=0.13025, force_upcast=True,
-        )  # fmt: skip
     pipe = diffusers.StableDiffusionXLPipeline(
-        vae=_filled(vae, torch.float32 if dtype == torch.float16 else dtype, device, seed=4),
+        vae=sdxl_vae(torch.float32 if dtype == torch.float16 else dtype, device),
         text_encoder=_text_encoder(dtype, device, large=False),
         text_encoder_2=_text_encoder(dtype, device, large=True),
         tokenizer=tiny_tokenizer(),

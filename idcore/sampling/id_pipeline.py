@@ -46,6 +46,8 @@ class IDPipeline:
         sampler: str = "lightning",
         runner: str = "eager",
         vae_dtype: str = "auto",
+        vae_compile: bool | str = False,
+        vae_memory: float | None = None,
         backend: str | None = None,
     ) -> None:
         """
@@ -55,7 +57,7 @@ class IDPipeline:
             sampler: "lightning" (DPM++ 2M on trailing timesteps, PuLID v1's), "lightning-euler", "karras-2m" and
                 "karras-sde" (PuLID v1.1's), or "own" (the pipeline's scheduler).
             runner: "eager"; or "graph": the loop as one CUDA graph (not run on a GPU yet).
-            vae_dtype: see `LatentDecoder`.
+            vae_dtype, vae_compile, vae_memory: dtype, compile and memory of `LatentDecoder`.
             backend: of `id_attention`, to insist on.
 
         Raises:
@@ -76,7 +78,7 @@ class IDPipeline:
             )
         self._base_scheduler = scheduler_by_name(sampler, pipe.scheduler.config, pipe.scheduler)
         self.pipe, self.system, self.runner = pipe, system, runner
-        self.decoder = LatentDecoder(pipe.vae, vae_dtype)
+        self.decoder = LatentDecoder(pipe.vae, vae_dtype, compile=vae_compile, memory=vae_memory)
         self.graphs = LoopGraphs(pipe.unet) if runner == "graph" else None
         self._seat = Seat(self, system, backend, as_data=runner == "graph")
         self._job: Job | None = None
@@ -99,6 +101,8 @@ class IDPipeline:
         sampler: str = "lightning",
         runner: str = "eager",
         vae_dtype: str = "auto",
+        vae_compile: bool | str = False,
+        vae_memory: float | None = None,
         backend: str | None = None,
         config: str | os.PathLike | None = None,
         local_files_only: bool = True,
@@ -108,7 +112,7 @@ class IDPipeline:
 
         Args:
             base: the folder, the id, or with `config` the file.
-            system, sampler, runner, vae_dtype, backend: as in the constructor.
+            system, sampler, runner, vae_dtype, vae_compile, vae_memory, backend: as in the constructor.
             unet_weights: one file with a whole UNet in place of the base's, e.g.
                 `sdxl_lightning_4step_unet.safetensors`.
             dtype: of the weights; default as saved.
@@ -128,9 +132,13 @@ class IDPipeline:
         """
         load = load_pipeline if config is None else functools.partial(load_single_file, config=config)
         pipe = load(base, local_files_only=local_files_only, torch_dtype=dtype, **options)
-        LatentDecoder(pipe.vae, vae_dtype)  # its weights must turn before they are offloaded
+        where = device if offload is None else device or "cuda"
+        LatentDecoder(pipe.vae, vae_dtype, device=where)  # its weights must turn before they are offloaded
         _arrange(pipe, unet_weights, quantize, device, offload, compile)
-        return cls(pipe, system, sampler=sampler, runner=runner, vae_dtype=vae_dtype, backend=backend)
+        return cls(
+            pipe, system, sampler=sampler, runner=runner, vae_dtype=vae_dtype, vae_compile=vae_compile,
+            vae_memory=vae_memory, backend=backend,
+        )  # fmt: skip
 
     @classmethod
     def from_single_file(

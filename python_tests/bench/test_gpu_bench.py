@@ -147,11 +147,21 @@ def test_the_report_gathers_what_is_there(tmp_path):
     }  # fmt: skip
     row["ratio"] = {"cuda": timings._ratios(row["cold"], "cuda", row["floor_us"])}
     assert row["ratio"]["cuda"] == {"eager": 5.0, "over_text_only_flash": 1.143, "share_of_copy_bandwidth": 0.5}
-    whole = {"ok": True, "problems": [], "copy_gb_per_s": 3000.0, "rows": [row], "unet": [], "ops": []}
+    decode = {"dtype": "bf16", "ms": {"diffusers": 90.0, "graph": 45.0}, "diffusers_over": {"graph": 2.0}}
+    whole = {
+        "ok": True,
+        "problems": [],
+        "copy_gb_per_s": 3000.0,
+        "rows": [row],
+        "unet": [],
+        "ops": [],
+        "decode": [decode],
+    }
     main._write(tmp_path, "timings", whole)
     main.summary(tmp_path)
     text = (tmp_path / "gpu.md").read_text()
     assert "| sdxl | bf16 | 2 | add | cuda | 8.0 | 6.0 | 9.0 | 4.0 | 0.5 | 1.143 | 5.0 |  | 1 |" in text
+    assert "| bf16 | graph | 45.0 | 2.0 |" in text
     assert "| races | right | 9 |" in text and "| build |" not in text
     assert set(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == {"races", "timings"}
     assert report.markdown({"machine": dict.fromkeys(("gpu", "driver", "torch", "triton", "commit")), "command": "x",

@@ -57,7 +57,13 @@ def _timings(timings: dict[str, Any]) -> list[str]:
     head = ["op", "case", "pass", "merge", "dtype", "backend", "ms", "eager / ours"]
     rows = [[r["op"], r["case"], r["pass"], r["merge"], r["dtype"], r["backend"], r.get("ms"),
              r.get("ratio", {}).get("eager")] for r in timings["ops"]]  # fmt: skip
-    return [*lines, "## All ops, launched from Python", "", *_table(head, rows)]
+    lines += ["## All ops, launched from Python", "", *_table(head, rows)]
+    head = ["dtype", "variant", "ms", "diffusers / ours"]
+    rows = [[d["dtype"], name, ms, d["diffusers_over"].get(name)]
+            for d in timings.get("decode", []) for name, ms in d.get("ms", {}).items()]  # fmt: skip
+    return (
+        [*lines, "## SDXL's autoencoder, latents to a picture of 1024 px", "", *_table(head, rows)] if rows else lines
+    )
 
 
 def markdown(whole: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,6 +123,18 @@ def _other_ops() -> list[dict[str, Any]]:
     return ops.run(options, tuple(ops.OPS))["rows"]
 
 
+def _decode() -> list[dict[str, Any]]:
+    """SDXL's autoencoder at 1024 px, eager and as a graph; nothing where diffusers is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        return []
+    vae = importlib.import_module("idcore.bench.vae")
+    options = argparse.Namespace(
+        size=1024, batches=(1,), dtype=("bf16", "fp16"), device="cuda", rounds=10, warmup=2,
+        variants=("diffusers", "contiguous", "channels_last", "graph"),
+    )  # fmt: skip
+    return vae.run(options)["rows"]
+
+
 def _guarded(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
     """What went wrong with one row is reported, and the next one still runs."""
     try:
@@ -148,7 +162,8 @@ def run(_: Any = None, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
     whole = [_guarded(f"unet {m} B={b}", lambda m=m, b=b: unet(m, b), problems)
              for m in ("add", "ortho_v2") for b in (1, 2)]  # fmt: skip
     others = _guarded("other ops", _other_ops, problems) or []
+    decode = _guarded("decode of latents", _decode, problems) or []
     rows, whole = [r for r in rows if r], [w for w in whole if w]
-    ok = not problems and all(r["parity"] for r in (*rows, *others))
+    ok = not problems and all(r["parity"] for r in (*rows, *others, *decode))
     return {"ok": ok, "problems": problems, "copy_gb_per_s": round(bandwidth, 1), "rows": rows, "unet": whole,
-            "ops": others}  # fmt: skip
+            "ops": others, "decode": decode}  # fmt: skip
