@@ -83,3 +83,24 @@ def test_other_sizes_and_prompts_are_refused(base):
         base.latent_shape(768, 64)
     with pytest.raises(InputError, match="list of one or more strings, got 'one'"):
         base.text("one", 64, 64)
+
+
+def test_somebody_gives_the_base_a_face_to_change(base):
+    """With the average of drawn people as reference, pictures of no identity lie near faces."""
+    from idcore.encoders.dlib_torch import DlibRecogniser
+    from idcore.training.tiny.losses import tight_chips
+    from idcore.training.tiny.somebody import somebody
+
+    reference = somebody(base.model, people=8)
+    assert reference.shape == (1, base.model.reference_channels, 32, 32)
+    assert torch.equal(reference, somebody(base.model, people=8))
+    other = TinyBase(base.model, reference)
+    noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    recogniser = DlibRecogniser()
+    with torch.no_grad():
+        faces = [
+            recogniser(tight_chips(draw(b, b.text(["a photo of a person"] * 4, 64, 64), noise) * 0.5 + 0.5))
+            for b in (base, other)
+        ]
+    spread = [f.embedding.sub(f.embedding.mean(0)).norm(dim=1).mean() for f in faces]
+    assert (faces[1].embedding - faces[0].embedding).norm(dim=1).mean() > 2 * spread[1]

@@ -21,26 +21,36 @@ class TinyBase:
     """The embedded 64 px model without an identity of its own; any system may be put on its UNet.
 
     It predicts the clean picture on the rectified-flow path x_t = (1 - t) x_0 + t n, t from 0 (clean) to 1 (noise).
-    The channels through which its own system shows it a reference are zero, as where training dropped the identity.
+    The channels through which its own system shows it a reference hold `reference`, always the same.
 
     Args:
         model: the model; frozen here.
+        reference: [1, C, 32, 32]. None: zero, as where its training dropped the identity; it then draws heads without
+            faces. `training.tiny.somebody.somebody(model)`: the average of drawn people, a face to change.
     """
 
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, reference: Tensor | None = None) -> None:
         self.name = "idcore tiny"
         self.model = model.eval().requires_grad_(False)
+        size = model.config.size // 2
+        self.reference = torch.zeros(1, model.reference_channels, size, size) if reference is None else reference
         self._texts = TextCache(self._encode)
 
     @classmethod
-    def from_package(cls) -> TinyBase:
-        """The weights that the package ships."""
-        return cls(TinyPipeline.from_package().model)
+    def from_package(cls, *, somebody: bool = False) -> TinyBase:
+        """The weights that the package ships; `somebody`: with an average face as reference (takes a second)."""
+        return cls._of(TinyPipeline.from_package().model, somebody)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> TinyBase:
+    def from_folder(cls, folder: str | Path, *, somebody: bool = False) -> TinyBase:
         """Weights of `idcore train tiny`. Raises WeightsError as `TinyPipeline.from_folder`."""
-        return cls(TinyPipeline.from_folder(folder).model)
+        return cls._of(TinyPipeline.from_folder(folder).model, somebody)
+
+    @classmethod
+    def _of(cls, model: TinyModel, with_somebody: bool) -> TinyBase:
+        from ..tiny.somebody import somebody
+
+        return cls(model, somebody(model) if with_somebody else None)
 
     @property
     def unet(self) -> nn.Module:
@@ -93,8 +103,7 @@ class TinyBase:
 
     def predict(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         """The clean picture, in x's dtype."""
-        size = self.model.config.size // 2
-        reference = torch.zeros(len(x), self.model.reference_channels, size, size, device=x.device, dtype=self.dtype)
+        reference = self.reference.to(x.device, self.dtype).expand(len(x), -1, -1, -1)
         t = t.to(x.device, self.dtype)
         return self.model(x.to(self.dtype), t, text.embeds, text.pooled, reference).to(x.dtype)
 
