@@ -97,7 +97,7 @@ def _reference(f: Faces, real: torch.dtype = torch.float64) -> None:
     for chip, matrix, which in zip(f.out, f.matrices.tolist(), of, strict=True):
         source = f.pictures[which]
         source = source if isinstance(source, Tensor) else torch.from_numpy(np.array(source))
-        pixels = _chip(source.permute(2, 0, 1).to(real), matrix, chip.shape[1:], f.resample, fill)
+        pixels = chip_pixels(source.permute(2, 0, 1).to(real), matrix, chip.shape[1:], f.resample, fill)
         if f.rounded or chip.dtype == torch.uint8:
             pixels = pixels.round()
         if chip.dtype != torch.uint8:
@@ -105,7 +105,7 @@ def _reference(f: Faces, real: torch.dtype = torch.float64) -> None:
         chip.copy_(pixels.flip(0) if f.bgr else pixels)
 
 
-def _chip(picture: Tensor, matrix: list[list[float]], size: torch.Size, resample: str, fill: Tensor) -> Tensor:
+def chip_pixels(picture: Tensor, matrix: list[list[float]], size: torch.Size, resample: str, fill: Tensor) -> Tensor:
     """Pixels [3, height, width] of one chip, 0..255, of a picture [3, H, W]."""
     (a, b, c), (d, e, g) = matrix
     det, squared = a * e - b * d, a * a + d * d

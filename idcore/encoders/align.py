@@ -200,29 +200,20 @@ def align(
     return (warp_bilinear if plain else warp)(image, matrix, side, fill)
 
 
-def warp_batch(images: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Differentiable ``warp`` for training: bilinear, zeros outside.
+def warp_batch(images: Tensor, matrices: Tensor | np.ndarray, size: int, resample: str = "bilinear") -> Tensor:
+    """Differentiable ``warp`` ("bicubic") or ``warp_bilinear`` of one face per picture, for training.
+
+    The same function as theirs, but for the rounding to whole grey levels.
 
     Args:
-        images: [N,3,H,W] float.
+        images: [N,3,H,W] float, grey levels 0..255.
         matrices: [N,2,3] float, image pixels to chip pixels as ``similarity_transform`` gives them.
         size: side S of the chips.
+        resample: "bilinear" or "bicubic".
 
     Returns:
-        [N,3,S,S] in the dtype of ``images``. There is no averaging, so keep chips no smaller than the face.
+        [N,3,S,S], 0..255, in the dtype of ``images``; black outside of the picture.
     """
-    import torch
-    import torch.nn.functional as F
+    from idcore.ops.align_face import differentiable_chips
 
-    count, _, height, width = images.shape
-    matrices = matrices.to(images.device, torch.float64)
-    linear, shift = matrices[:, :, :2], matrices[:, :, 2]
-    back = torch.linalg.inv(linear)
-    axis = torch.arange(size, device=images.device, dtype=torch.float64)
-    ys, xs = torch.meshgrid(axis, axis, indexing="ij")
-    grid = torch.stack([xs, ys], -1).reshape(1, -1, 2) - shift[:, None]
-    grid = (grid @ back.mT).reshape(count, size, size, 2)
-    # grid_sample with align_corners=False: -1 and 1 are the outer edges of the first and last pixels.
-    extent = torch.tensor([width, height], device=images.device, dtype=torch.float64)
-    grid = (2 * grid + 1) / extent - 1
-    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return differentiable_chips(images, matrices, size, resample)

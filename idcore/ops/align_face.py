@@ -58,7 +58,7 @@ def align_face(
 
     Returns:
         [F, 3, height, width], or [F, height, width, 3] for "nhwc". A matrix without an inverse gives a chip of
-        `fill` where it lies in a GPU's memory, and an error elsewhere. No gradients (`encoders.align.warp_batch`).
+        `fill` where it lies in a GPU's memory, and an error elsewhere. No gradients (`differentiable_chips`).
 
     Raises:
         InputError: shapes, dtypes, devices or numbers do not fit together.
@@ -86,6 +86,33 @@ def align_face(
         if rows is not None:
             view[rows] = target
     return result
+
+
+def differentiable_chips(images: Tensor, matrices: Tensor | np.ndarray, size: int, resample: str = "bicubic") -> Tensor:
+    """What `align_face` cuts out of float pictures, one face each, not rounded, with gradients to the pictures.
+
+    Args:
+        images: [N, 3, H, W] float, RGB, grey levels 0..255.
+        matrices: [N, 2, 3], as for `align_face`.
+        size: side of the chips, pixels.
+        resample: "bilinear" or "bicubic".
+
+    Returns:
+        [N, 3, size, size] in the dtype of the pictures, black outside of them.
+
+    Raises:
+        InputError: shapes, dtypes or numbers do not fit together.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.dtype.is_floating_point or 0 in images.shape:
+        raise InputError(f"align_face: images must be float [N, 3, H, W], got {list(images.shape)} {images.dtype}")
+    if resample not in RESAMPLE:
+        raise InputError(f"align_face: resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
+    rows = _matrices(matrices, torch.device("cpu"))
+    if len(rows) != len(images):
+        raise InputError(f"align_face: wanted a matrix for each of {len(images)} images, got {len(rows)}")
+    fill, sides = images.new_zeros(3, 1, 1), torch.Size((size, size))
+    chips = [backends.chip_pixels(x, m, sides, resample, fill) for x, m in zip(images, rows.tolist(), strict=True)]
+    return torch.stack(chips)
 
 
 def _pictures(given: Picture | Sequence[Picture]) -> tuple[Picture, ...]:

@@ -111,6 +111,7 @@ class Base(Protocol):
 
     name: str  # for checkpoints and the model card
     unet: nn.Module
+    prediction: str  # what `predict` gives: "epsilon", "v_prediction" or "sample" (the clean picture)
 
     @property
     def device(self) -> torch.device: ...

@@ -74,7 +74,7 @@ class Injection:
         self._given = _GivenPerson(sites, options or AttentionOptions(), backend)
         self._stack = stack_of(unet)
         self._stack.add(unet, self._given)
-        self._on = True
+        self._on, self._checkpoints = True, False
 
     def __enter__(self) -> Injection:
         return self
@@ -134,6 +134,11 @@ class Injection:
         """
         if not self._on:
             raise InputError("training: this injection was taken off its UNet; make a new one")
+        if self.unet.is_gradient_checkpointing and not self._checkpoints:
+            raise InputError(
+                "training: the UNet checkpoints by itself, and would recompute its blocks with whatever person comes "
+                "later; unet.disable_gradient_checkpointing(), and use Injection.checkpointing()"
+            )
         before = self._given.person, self._stack.tap
         self._given.person, self._stack.tap = person, tap
         try:
@@ -143,10 +148,23 @@ class Injection:
 
     def checkpointing(self, on: bool = True) -> None:
         """Recompute the UNet's blocks in backward in place of keeping their activations."""
-        if not on:
+        if on:
+            self.unet.enable_gradient_checkpointing(self._checkpointed)
+        elif self._checkpoints:
             self.unet.disable_gradient_checkpointing()
+        self._checkpoints = on
+
+    @contextlib.contextmanager
+    def checkpointed(self, on: bool = True) -> Iterator[None]:
+        """`checkpointing(True)` for this block alone; with on=False as it was before."""
+        if not on or self._checkpoints:
+            yield
             return
-        self.unet.enable_gradient_checkpointing(self._checkpointed)
+        self.checkpointing(True)
+        try:
+            yield
+        finally:
+            self.checkpointing(False)
 
     def _checkpointed(self, block: Callable[..., Any], *args: Any) -> Any:
         person, tap = self._given.person, self._stack.tap

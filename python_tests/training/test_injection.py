@@ -139,6 +139,10 @@ def test_what_does_not_fit_is_refused():
         with injection.using(injection.person(pulid(small_features(3)))):
             with pytest.raises(InputError, match="tokens of 3 samples do not fit a batch of 2"):
                 unet(**tiny_inputs("sdxl", 2))
+        unet.enable_gradient_checkpointing()
+        with pytest.raises(InputError, match="use Injection.checkpointing"), injection.using(None):
+            pass
+        unet.disable_gradient_checkpointing()
     unet.conv_in.weight.requires_grad_()
     with pytest.raises(InputError, match="frozen, but conv_in.weight wants a gradient"):
         Injection(unet, pulid)

@@ -30,7 +30,7 @@ class TinyBase:
     """
 
     def __init__(self, model: TinyModel, reference: Tensor | None = None) -> None:
-        self.name = "idcore tiny"
+        self.name, self.prediction = "idcore tiny", "sample"
         self.model = model.eval().requires_grad_(False)
         size = model.config.size // 2
         self.reference = torch.zeros(1, model.reference_channels, size, size) if reference is None else reference

@@ -1,0 +1,1 @@
+"""Losses of identity training: diffusion, identity, alignment."""
