@@ -54,7 +54,8 @@ def attach(
             several people in one image.
         id_scale: Strength, usually 0 to 5. A number; a mapping per layer as in diffusers' `set_ip_adapter_scale`
             (``{"up": {"block_0": [0.0, 1.0, 0.0]}}``, layers that are not named get 0); a list with one of these per
-            identity; or a float32 tensor [] or [n], read at every call. The number 0 is bit-equal to not attached.
+            identity; or a float32 tensor [], [n] or [n, images], read at every call. The number 0 is
+            bit-equal to not attached.
         id_mask: Where each identity acts; see `Handle.masks`.
         id_guidance_start, id_guidance_end, id_schedule: When it acts; see `Handle.schedule`.
         cfg: How a UNet batch is made. "auto": from a pipeline, its own guidance state at each call; from a bare

@@ -51,6 +51,12 @@ def _is_identity(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
+def is_tiny(base: str) -> bool:
+    """Whether this names an embedded model: "tiny", or a folder of `idcore train tiny`."""
+    folder = Path(base)
+    return base == "tiny" or (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
 def generate_pictures(r: GenerateRequest) -> list[Path]:
     """Make the pictures and write them with `generate.json` into `r.out`; returns the pictures' paths.
 
@@ -59,10 +65,7 @@ def generate_pictures(r: GenerateRequest) -> list[Path]:
     if not r.prompt.strip():
         raise InputError("generate: the prompt is empty; write what to draw in words")
     out = writable_folder(r.out)
-    tiny = (
-        r.base == "tiny" or (Path(r.base) / "config.json").is_file() and (Path(r.base) / "model.safetensors").is_file()
-    )
-    run = _generate_tiny if tiny else _generate_folder
+    run = _generate_tiny if is_tiny(r.base) else _generate_folder
     made, info = run(r)
     paths = []
     for i, picture in enumerate(made):

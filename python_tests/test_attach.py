@@ -486,3 +486,22 @@ def test_attached_layers_are_modules_of_the_unet_only(setup):
     unet, system, person, _ = setup
     with idcore.attach(unet, system, person):
         assert not any(m is system for m in unet.modules() if isinstance(m, nn.Module))
+
+
+def test_a_scale_per_identity_and_image(setup):
+    unet, system, person, _ = setup
+    other, inputs = system.identity(7), tiny_inputs("sd", batch=4)
+
+    def drawn(rows=slice(None), **how):
+        part = {k: v[rows] if v.dim() else v for k, v in inputs.items()}
+        with idcore.attach(unet, system, [person, other], cfg=True, **how):
+            return run(unet, part)
+
+    scales = torch.tensor([[0.5, 1.0], [0.0, 0.8]])
+    both = drawn(id_scale=scales)
+    for image in (0, 1):
+        alone = drawn([image, 2 + image], id_scale=scales[:, image].tolist())
+        assert (both[[image, 2 + image]] - alone).abs().max() < 1e-5
+    assert (both[0] - drawn([0, 2], id_scale=[1.0, 0.8])[0]).abs().max() > 1e-3
+    with pytest.raises(InputError, match="a tensor for 3 images, this batch has 2; give one each"):
+        drawn(id_scale=torch.ones(2, 3))

@@ -206,14 +206,25 @@ class Conditioning:
         if self.tensor is None and not mute and not torch.compiler.is_compiling() and self._known():
             return self._floats_now(name)
         if self.tensor is not None:
-            scale = self.tensor.to(device=q.device, dtype=torch.float32).expand(len(self.people))
-            if self.plan is not None:
-                scale = scale * self._gain.to(q.device)
+            scale = self._given_scale(q, rows)
         else:
             scale = self._scale_table(q.device)[self.places[name]]
         if not mute:
             return scale
-        return scale[:, None] * self._heard(rows, silent, q.shape[0] // len(rows), q.device)
+        heard = self._heard(rows, silent, q.shape[0] // len(rows), q.device)
+        return (scale if scale.dim() == 2 else scale[:, None]) * heard
+
+    def _given_scale(self, q: Tensor, rows: tuple[str, ...]) -> Tensor:
+        """The user's tensor times the factors of the step. [n] or [n, B]"""
+        scale = self.tensor.to(device=q.device, dtype=torch.float32)
+        if scale.dim() < 2:
+            scale = scale.expand(len(self.people))
+            return scale if self.plan is None else scale * self._gain.to(q.device)
+        images = q.shape[0] // len(rows)
+        if scale.shape[1] not in (1, images):
+            raise InputError(f"id_scale: a tensor for {scale.shape[1]} images, this batch has {images}; give one each")
+        scale = scale.expand(-1, images).repeat(1, len(rows))
+        return scale if self.plan is None else scale * self._gain.to(q.device)[:, None]
 
     def _heard(self, rows: tuple[str, ...], silent: tuple[bool, ...], images: int, device: torch.device) -> Tensor:
         """1 where an identity acts on a sample, 0 on the uncond parts of those without uncond tokens. [n, B]"""

@@ -21,8 +21,8 @@ def expand(scale: Any, sites: Sequence[Site], count: int) -> dict[str, tuple[flo
     Args:
         scale: A number for all; a mapping such as ``{"down": 0.5, "up": {"block_0": [0.0, 1.0, 0.0]}, "mid": 1.0}``
             (blocks that are not named get 0.0, a list holds one value per transformer of the block); a list of
-            `count` numbers or mappings, one per identity; or a float32 tensor [] or [count], read at every
-            call, so that it may be changed in place or learned.
+            `count` numbers or mappings, one per identity; or a float32 tensor [], [count] or [count, images], read at
+            every call, so that it may be changed in place or learned.
         sites: Sites to set.
         count: n, number of identities.
 
@@ -44,9 +44,10 @@ def expand(scale: Any, sites: Sequence[Site], count: int) -> dict[str, tuple[flo
 
 
 def _checked_tensor(scale: Tensor, count: int) -> Tensor:
-    if not scale.dtype.is_floating_point or tuple(scale.shape) not in ((), (count,)):
+    fits = tuple(scale.shape) in ((), (count,)) or (scale.dim() == 2 and len(scale) == count and scale.shape[1] > 0)
+    if not scale.dtype.is_floating_point or not fits:
         raise InputError(
-            f"id_scale: a tensor must be floating point with shape [] or [{count}], "
+            f"id_scale: a tensor must be floating point with shape [], [{count}] or [{count}, images], "
             f"got {scale.dtype} {list(scale.shape)}"
         )
     return scale

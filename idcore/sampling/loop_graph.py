@@ -46,6 +46,7 @@ class _Recorded(NamedTuple):
     job: Job  # the tensors that the graph reads
     noise: list[Tensor]
     keys_values: list[list[Tensor]]  # per conditioning
+    scales: list[Tensor | None]  # per conditioning, where they were given as a tensor
     keep: Any  # what the key names by id
 
 
@@ -99,7 +100,7 @@ class LoopGraphs:
         scheduler = job.scheduler
         steps = (type(scheduler), tuple(scheduler.timesteps.tolist()), tuple(scheduler.sigmas.tolist()))
         people = tuple(
-            (id(c), id(c.masks), c.options, c.plan is not None, tuple(self._facts(p) for p in c.people))
+            (id(c), id(c.masks), c.options, c.plan is not None, _shape(c.tensor), *map(self._facts, c.people))
             for c in conditionings
         )
         return tensors, job.guided, steps, people
@@ -124,10 +125,18 @@ class LoopGraphs:
             for t in own.tensors().values():
                 t.add_(0)
 
-        with torch.no_grad():
-            play, result = self.record(run, before)
+        given = [c.tensor for c in conditionings]
+        scales = [None if t is None else t.detach().to(job.latents.device, torch.float32, copy=True) for t in given]
+        try:
+            for c, mine in zip(conditionings, scales):
+                c.tensor = mine
+            with torch.no_grad():
+                play, result = self.record(run, before)
+        finally:
+            for c, theirs in zip(conditionings, given):
+                c.tensor = theirs
         kept = [self._keys_values(c, own) for c in conditionings]
-        return _Recorded(play, result, own, noise, kept, [(c, c.masks) for c in conditionings])
+        return _Recorded(play, result, own, noise, kept, scales, [(c, c.masks) for c in conditionings])
 
     def _noise(self, job: Job) -> list[Tensor]:
         """Where the noise of a sampler that draws will stand; filled before each play."""
@@ -147,8 +156,15 @@ class LoopGraphs:
         if found.noise:
             for mine, drawn in zip(found.noise, job.scheduler.draw(job.latents, job.generator)):
                 mine.copy_(drawn)
+        for c, mine in zip(conditionings, found.scales):
+            if mine is not None:
+                mine.copy_(c.tensor)
         for c, mine in zip(conditionings, found.keys_values):
             theirs = self._keys_values(c, found.job)
             pairs = [(a, b) for a, b in zip(mine, theirs) if a is not b]
             if pairs:
                 torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _shape(scale: Tensor | None) -> Any:
+    return None if scale is None else scale.shape

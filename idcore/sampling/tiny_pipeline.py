@@ -6,15 +6,17 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attach import attach
+from ..attach import Handle, attach
+from ..attention.schedule import StepSchedule
 from ..encoders.images import ImageLike
 from ..errors import InputError, WeightsError
 from ..identity import Identity
@@ -24,6 +26,15 @@ from .tiny_model import TinyConfig, TinyModel
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 BATCH = 16  # pictures in one pass of the network
+
+
+class Drawing(NamedTuple):
+    """One picture of `TinyPipeline.draw`."""
+
+    prompt: str
+    seed: int = 0
+    identity: Identity | None = None
+    id_scale: float = 1.0
 
 
 class TinyPipeline:
@@ -102,6 +113,8 @@ class TinyPipeline:
         identity: Identity | ImageLike | None = None,
         *,
         id_scale: float = 1.0,
+        id_guidance_start: float = 0.0,
+        id_guidance_end: float = 1.0,
         num_inference_steps: int = 4,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
@@ -118,6 +131,7 @@ class TinyPipeline:
             identity: from `encode`, or a photo (encoded on the spot), or None: some person.
             id_scale: 0 leaves the identity out; between 0 and 1 its map is faded alike; above 1 only the attention
                 grows. Usual range 0 to 2.
+            id_guidance_start, id_guidance_end: when the identity acts; see `idcore.attach`.
             num_inference_steps: 1 to 100; the model is made for 4.
             seed: picture j of every prompt uses seed + j, or seed[j] of a list. The same seed gives the same
                 picture in any batch (up to 1/255 per value where the batch changes the order of a sum).
@@ -136,46 +150,98 @@ class TinyPipeline:
             raise InputError(
                 f"prompt is a string or a list of strings, got {prompt!r:.80}; write what to draw in words"
             )
+        seeds = _seeds(seed, num_images_per_prompt)
+        if identity is not None and not isinstance(identity, Identity) and _scale(id_scale):
+            identity = self.encode(identity)
+        return self.draw(
+            [Drawing(p, s, identity, id_scale) for p in prompts for s in seeds],
+            id_guidance_start=id_guidance_start, id_guidance_end=id_guidance_end,
+            num_inference_steps=num_inference_steps, output_type=output_type, backend=backend,
+        )  # fmt: skip
+
+    def draw(
+        self,
+        drawings: Sequence[Drawing],
+        *,
+        id_guidance_start: float = 0.0,
+        id_guidance_end: float = 1.0,
+        num_inference_steps: int = 4,
+        output_type: str = "pil",
+        backend: str | None = None,
+        before_pass: Callable[[], None] | None = None,
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        """Pictures that each have a prompt, seed, identity and scale of their own, up to 16 in one pass.
+
+        Args:
+            drawings: one per picture.
+            id_guidance_start, id_guidance_end, num_inference_steps, output_type, backend: as in a call, for all.
+            before_pass: called before each pass of the network; its exceptions end the drawing.
+
+        Returns:
+            A picture per drawing, the same as it gives alone (up to 1/255 per value).
+
+        Raises:
+            InputError: an argument of the wrong kind; the text says which.
+        """
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f'output_type is "pil", "np" or "pt", got {output_type!r}')
-        seeds = _seeds(seed, num_images_per_prompt)
         noise_levels(num_inference_steps)
-        strength = _scale(id_scale)
-        tokens = self._identity(identity) if strength else None
-        jobs = [(p, s) for p in prompts for s in seeds]
-        with self._lock, torch.no_grad(), self._attached(tokens, strength, backend):
+        plan = StepSchedule(id_guidance_start, id_guidance_end, None, None, 1)
+        acts = [bool(row[0]) for row in plan.factors(num_inference_steps)]
+        jobs = [self._checked(d) for d in drawings]
+        with self._lock, torch.no_grad():
             parts = [
-                self._run(jobs[i : i + BATCH], tokens, strength, num_inference_steps)
+                self._run(jobs[i : i + BATCH], acts, backend, before_pass or (lambda: None))
                 for i in range(0, len(jobs), BATCH)
             ]
         return _output(torch.cat(parts), output_type)
 
-    def _identity(self, identity: Identity | ImageLike | None) -> Identity | None:
-        if identity is None:
-            return None
-        if not isinstance(identity, Identity):
-            identity = self.encode(identity)
-        identity.require_system(self.system.name)
-        if len(identity) != 1:
-            raise InputError(f"the tiny pipeline draws one person per call, got an identity of {len(identity)} rows")
-        return identity
+    def _checked(self, d: Drawing) -> Drawing:
+        """With a number as scale, and no identity where that is 0."""
+        strength = _scale(d.id_scale)
+        if d.identity is None or not strength:
+            return d._replace(identity=None, id_scale=0.0)
+        d.identity.require_system(self.system.name)
+        if len(d.identity) != 1:
+            raise InputError(f"the tiny pipeline draws one person a picture, got an identity of {len(d.identity)} rows")
+        return d._replace(id_scale=strength)
 
-    def _attached(self, identity: Identity | None, scale: float, backend: str | None):
-        if identity is None:
-            return contextlib.nullcontext()
-        return attach(self.unet, self.system, identity, id_scale=scale, cfg=False, backend=backend)
-
-    def _run(self, jobs: list[tuple[str, int]], identity: Identity | None, scale: float, steps: int) -> Tensor:
-        model, n = self.model, len(jobs)
-        size = model.config.size
-        if identity is None:
-            reference = torch.zeros(n, model.reference_channels, size // 2, size // 2)
+    @contextlib.contextmanager
+    def _attached(self, jobs: list[Drawing], backend: str | None) -> Iterator[tuple[Handle | None, object, Tensor]]:
+        """(handle, scale, reference) of the people of a batch; those without one are somebody at scale 0."""
+        size, n = self.model.config.size // 2, len(jobs)
+        first = next((j.identity for j in jobs if j.identity is not None), None)
+        if first is None:
+            yield None, 0.0, torch.zeros(n, self.model.reference_channels, size, size)
+            return
+        if all((j.identity, j.id_scale) == (first, jobs[0].id_scale) for j in jobs):
+            people, scale, strengths = first, jobs[0].id_scale, [jobs[0].id_scale]
         else:
-            reference = torch.cat(model.reference(identity.tokens.cpu()), 1) * min(scale, 1.0)
-            reference = reference.expand(n, -1, -1, -1)
-        text, pooled = model.text(model.tokenizer([p for p, _ in jobs]))
-        noise = seeded_noise([s for _, s in jobs], (3, size, size))
-        return sample(lambda x, t: model(x, t, text, pooled, reference), noise, steps)
+            people = Identity.batch([j.identity or first for j in jobs])
+            strengths = [j.id_scale for j in jobs]
+            scale = torch.tensor([strengths])
+        faded = torch.tensor(strengths).clamp(max=1.0)[:, None, None, None]
+        reference = torch.cat(self.model.reference(people.tokens.cpu()), 1) * faded
+        with attach(self.unet, self.system, people, id_scale=scale, cfg=False, backend=backend) as handle:
+            yield handle, scale, reference.expand(n, -1, -1, -1)
+
+    def _run(
+        self, jobs: list[Drawing], acts: list[bool], backend: str | None, before_pass: Callable[[], None]
+    ) -> Tensor:
+        model = self.model
+        text, pooled = model.text(model.tokenizer([j.prompt for j in jobs]))
+        noise = seeded_noise([j.seed for j in jobs], (3, model.config.size, model.config.size))
+        passes = iter(acts)
+        with self._attached(jobs, backend) as (handle, scale, reference):
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                before_pass()
+                act = next(passes)
+                if handle is not None and not all(acts):
+                    handle.scale(scale if act else 0.0)
+                return model(x, t, text, pooled, reference if act else torch.zeros_like(reference))
+
+            return sample(predict, noise, len(acts))
 
 
 def _check_hash(path: Path, wanted: str | None) -> None:

@@ -48,7 +48,8 @@ def test_numbers_lists_and_tensors():
         ({"down": {"block_0": 1.0}}, "'down' has no conditioned 'block_0'; known are block_1"),
         ({"up": {"block_0": [1.0, 2.0]}}, "up.block_0 has 3 transformers, got 2 values"),
         ({"mid": None}, "mid must be a finite number, got None"),
-        (torch.ones(3), r"a tensor must be floating point with shape \[\] or \[2\]"),
+        (torch.ones(3), r"a tensor must be floating point with shape \[\], \[2\] or \[2, images\], got .* \[3\]"),
+        (torch.ones(3, 2), r"got torch.float32 \[3, 2\]"),
         (torch.ones(2, dtype=torch.int64), "got torch.int64"),
     ],
 )

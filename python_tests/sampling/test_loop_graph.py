@@ -67,6 +67,16 @@ def test_one_recording_serves_new_words_seeds_people_scales_and_times(sampler, s
     assert len(recorded) == 1
 
 
+def test_scales_in_tensors_are_read_at_each_play():
+    eager, graph, recorded = two()
+    people = idcore.Identity.batch([eager.system.identity(0), eager.system.identity(1)])
+    how = dict(id_embeds=people, num_inference_steps=2, guidance_scale=1.5, num_images_per_prompt=2, seeds=(0, 1))
+    a, b = (both(eager, graph, id_scale=torch.tensor([s]), **how) for s in ([0.5, 1.0], [1.0, 0.0]))
+    assert len(recorded) == 1 and not torch.allclose(a[0], b[0]) and not torch.allclose(a[1], b[1])
+    both(eager, graph, id_scale=torch.tensor(0.7), **how)
+    assert len(recorded) == 2
+
+
 def test_what_records_anew_and_what_is_kept():
     eager, graph, recorded = two()
     me, you = eager.system.identity(0), eager.system.identity(1)

@@ -147,7 +147,7 @@ def test_bad_arguments_are_named(pipe, changes, text):
 def test_identities_of_others_are_refused(pipe, identity):
     with pytest.raises(InputError, match="pulid-v1"):
         pipe("a photo", Identity(torch.zeros(1, 32, 2048), None, "pulid-v1"))
-    with pytest.raises(InputError, match="one person per call"):
+    with pytest.raises(InputError, match="one person a picture"):
         pipe("a photo", Identity.batch([identity, identity]))
 
 
