@@ -22,6 +22,7 @@ MODELS = {
     "e2e": "one pass of a whole UNet, with and without identity",
     "vae": "the decode of latents at full size, diffusers' against ours",
     "latency": "whole pictures by part and batch size, and a photo's enrolment",
+    "serving": "requests of different people at once, one by one against batches",
 }
 
 

@@ -161,6 +161,7 @@ def load_engine(
     preset: str | None = None,
     unet: Path | None = None,
     device: str | None = None,
+    for_photos: bool = True,
 ) -> Engine:
     """An engine from what the command line's users give.
 
@@ -168,6 +169,7 @@ def load_engine(
         base: "tiny", a folder of `idcore train tiny`, or one with an SDXL pipeline.
         system, weights, vision, parsing, retinaface, faces, preset: as in `idcore generate`.
         unet: SDXL: a file with a whole UNet in place of the base's, e.g. SDXL-Lightning's.
+        for_photos: SDXL: whether photos will be encoded; False serves saved identities without face models.
         device: SDXL: default CUDA in float16 where it is usable, else the CPU in float32.
 
     Raises:
@@ -190,7 +192,7 @@ def load_engine(
     from ..workflows import chosen_files
 
     files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
-    loaded = load_system(**chosen_files(system, files, for_photos=True), preset=preset)
+    loaded = load_system(**chosen_files(system, files, for_photos=for_photos), preset=preset, for_photos=for_photos)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = IDPipeline.from_pretrained(base, loaded, unet_weights=unet, dtype=dtype, device=device)

@@ -61,6 +61,8 @@ def check_request(r: DrawRequest, size: tuple[int, int] | None) -> None:
     """Raises InputError where a value is out of range; `size`: the only (height, width) that there is, or None."""
     if not r.prompt.strip():
         raise InputError("the prompt is empty; write what to draw in words")
+    if not (_is_text(r.prompt) and _is_text(r.negative)):
+        raise InputError("a prompt holds half a character (a lone surrogate); send valid Unicode")
     if size is not None and ((r.height or size[0]), (r.width or size[1])) != size:
         raise InputError(f"this model draws {size[1]}x{size[0]} pictures, got {r.width}x{r.height}; leave the size out")
     if not 1 <= r.steps <= MAX_STEPS:
@@ -114,3 +116,11 @@ def by_request(pictures: Sequence[Image.Image], requests: Sequence[DrawRequest])
     """Pictures of a batch, dealt out."""
     left = iter(pictures)
     return [[next(left) for _ in range(r.count)] for r in requests]
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -53,9 +53,7 @@ class IdentityStore:
         try:
             return self._people[name]
         except KeyError:
-            raise UnknownIdentity(
-                f"no identity {name[:40]!r} is enrolled here; enrol the photo or file again"
-            ) from None
+            raise UnknownIdentity(f"no identity {name[:40]!r} is enrolled; enrol the photo or file again") from None
 
     def remove(self, name: str) -> None:
         """Raises UnknownIdentity."""
