@@ -20,6 +20,7 @@ _HOME = {
     "FaceID": "systems.faceid",
     "InstantID": "systems.instantid",
     "DreamIdentity": "systems.dreamidentity",
+    "SeFiIDE": "systems.sefi_ide",
     "IDPipeline": "sampling.id_pipeline",
     "TinyPipeline": "sampling.tiny_pipeline",
     "default_analyzer": "encoders.analyzer",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .systems.faceid import FaceID
     from .systems.instantid import InstantID
     from .systems.pulid import PuLID
+    from .systems.sefi_ide import SeFiIDE
 
 
 def __getattr__(name: str):

@@ -75,10 +75,10 @@ def attach(
         InputError: what was given does not fit together; the text says what does.
         NoBackendError: the named backend cannot run on this model, with its reasons.
     """
-    if system is None and _are_words(identity):
-        from .systems.words import WordSystem
+    if system is None:
+        from .systems.loading import system_for
 
-        system = WordSystem()
+        system = system_for(identity)
     if hasattr(system, "put_on"):
         in_the_unet = {
             "id_mask": id_mask, "id_guidance_start": id_guidance_start or None, "id_schedule": id_schedule,
@@ -214,13 +214,6 @@ class Handle:
         """Text: layers, scales, merge, guidance, what stands under each processor, and the backend each layer takes
         with what speaks against the faster ones."""
         return describe(self._unet, self._stack, self._conditioning, self.attached)
-
-
-def _are_words(identity: Any) -> bool:
-    from .systems.words import WORD_SYSTEMS
-
-    people = identity if isinstance(identity, (list, tuple)) else [identity]
-    return bool(people) and all(getattr(p, "system", None) in WORD_SYSTEMS for p in people)
 
 
 def _by_prompt(

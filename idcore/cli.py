@@ -35,7 +35,9 @@ System = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Weights of PuLID, FaceID, InstantID (any published layout) or DreamIdentity: safetensors."),
+    typer.Option(
+        help="Weights of PuLID, FaceID, InstantID (any published layout), DreamIdentity or SeFi-IDE: safetensors."
+    ),
 ]
 Vision = Annotated[
     Path | None,
@@ -127,7 +129,7 @@ def generate(
     faces: Faces = "embedded",
     choose: Choose = "largest",
     placeholder: Annotated[
-        str | None, typer.Option(help='DreamIdentity, textual inversion: the word that is the person, e.g. "S*".')
+        str | None, typer.Option(help="DreamIdentity, SeFi-IDE, textual inversion: the word that is the person.")
     ] = None,
 ) -> None:
     """Pictures of a prompt, with a person's identity."""

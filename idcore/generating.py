@@ -79,11 +79,26 @@ def generate_pictures(r: GenerateRequest) -> list[Path]:
 def _saved(path: Path) -> Identity | None:
     """A saved identity, or the words of a textual inversion file; None: a photo."""
     from .identity import Identity
+    from .systems.sefi_files import is_sefi_file, load_tokens
     from .text.inversion import is_inversion, read_words
 
     if not _is_identity(path):
         return None
+    if is_sefi_file(path):
+        return load_tokens(path)
     return read_words(path) if is_inversion(path) else Identity.load(path)
+
+
+def _person_file(r: GenerateRequest) -> Path | None:
+    """`--weights` where they are a person by themselves (SeFi-IDE)."""
+    from .systems.sefi_files import is_sefi_file
+
+    if r.weights is None or not _is_identity(r.weights):
+        return None
+    found = is_sefi_file(r.weights)
+    if r.system == "sefi-ide" and not found:
+        raise WeightsError(f"generate: {r.weights} holds no person of SeFi-IDE; train one, or name another --system")
+    return r.weights if found else None
 
 
 def require_placeholders(prompt: str, placeholders: Sequence[str]) -> None:
@@ -186,15 +201,16 @@ def _generate_folder(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, A
         pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
     pictures = []
     with contextlib.ExitStack() as on:
-        if r.id is not None:
-            identity = _saved(r.id)
+        who = r.id or _person_file(r)
+        if who is not None:
+            identity = _saved(who)
             system = None if identity is None else system_for(identity)
             if system is None:
                 names = ("weights", "vision", "parsing", "retinaface", "faces")
                 photo = identity is None
                 files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photo)
                 system = load_system(**files, policy=face_choice(r.choose), preset=r.preset, for_photos=photo)
-                identity = identity or system.encode([r.id])
+                identity = identity or system.encode([who])
             if getattr(system, "lora_tensors", None):
                 on.enter_context(system.lora(pipe))
             named = {} if r.placeholder is None else {"placeholder": r.placeholder}

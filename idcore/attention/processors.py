@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..ops import id_attention
 from .compose import accepted, added_branches, before_output, kind_of, split_text
 from .text_kv import TextKeys
@@ -16,6 +17,7 @@ from .types import Site
 if TYPE_CHECKING:
     from .conditioning import Branch, Conditioning
     from .stack import IdStack
+    from .staged import StagedText
 
 
 @dataclass(eq=False)
@@ -80,9 +82,17 @@ class IdAttnProcessor:
         if binding is None:
             return _plain()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         active = binding.stack.active(binding.site.name)
-        if not active and binding.stack.tap is None:
+        stack = binding.stack
+        if not active and stack.tap is None and (stack.staged is None or not _is_staged(binding, given)):
             return binding.run_found(attn, hidden_states, given)
         return _conditioned(binding, active, attn, hidden_states, given)
+
+
+def _is_staged(binding: Binding, given: dict[str, Any]) -> bool:
+    """Whether the text is wide: several encodings of one prompt, of which each stage reads its own."""
+    staged = binding.stack.staged_at(binding.site.name)
+    text = split_text(binding.found, binding.kind, given["encoder_hidden_states"])[0]
+    return staged is not None and staged.is_wide(text)
 
 
 def make_processor(stack: IdStack, site: Site, found: Any) -> IdAttnProcessor:
@@ -156,8 +166,11 @@ def _before_output(
     found, kind = binding.found, binding.kind
     text, pictures = split_text(found, kind, given["encoder_hidden_states"])
     query = attn.to_q(states)
-    key, value = _text_kv(binding, attn, states, text)
-    call = TextCall(attn, query, key, value, given["attention_mask"])
+    staged = binding.stack.staged_at(binding.site.name)
+    staged = staged if staged is not None and staged.is_wide(text) else None
+    key, value = _text_kv(binding, attn, states, text, staged)
+    call = TextCall(attn, query, key, value, given["attention_mask"], staged)
+    key = key if staged is None else key[0]  # all that branches beside the text need is its shape
     if binding.stack.tap is not None:
         binding.stack.tap(binding.site.name, call.q, call.k)
     size = None
@@ -167,6 +180,10 @@ def _before_output(
     if not torch.compiler.is_compiling():
         binding.seen = call.facts()
     if kind == "other":
+        if staged is not None:
+            raise InputError(
+                f"{binding.site.name}: {type(found).__name__} cannot read staged text (SeFi-IDE); take it off the layer"
+            )
         extra = binding.pick(given, but=("encoder_hidden_states", "attention_mask", "temb"))
         context, mask = given["encoder_hidden_states"], given["attention_mask"]
         total = before_output(found, attn, states, query, context, mask, extra)
@@ -226,37 +243,49 @@ def _groups(active: list[Conditioning], name: str, q: Tensor, size: tuple[int, i
 
 
 class TextCall:
-    """Queries and text of one call, in the form of `id_attention`."""
+    """Queries and text of one call, in the form of `id_attention`; of staged text a bank and the stage."""
 
-    def __init__(self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        self.q, self.k, self.v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+    def __init__(
+        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        staged: StagedText | None = None,
+    ) -> None:  # fmt: skip
+        alone = staged is not None and len(key) == 1
+        self.stage = None if staged is None or alone else staged.stage
+        self.backend = None if staged is None else staged.backend
+        key, value = (key[0], value[0]) if alone else (key, value)
+        self.q, self.k, self.v = (t.unflatten(-1, (attn.heads, -1)).transpose(-3, -2) for t in (query, key, value))
         if attn.norm_q is not None:
             self.q = attn.norm_q(self.q)
         if attn.norm_k is not None:
             self.k = attn.norm_k(self.k)
         self.bias = None
         if mask is not None:
-            batch, tokens = key.shape[:2]
+            batch, tokens = key.shape[-3:-1]
             mask = attn.prepare_attention_mask(mask, tokens, batch)
             self.bias = mask.view(batch, attn.heads, -1, mask.shape[-1])
 
     def joined(self, group: Group | None) -> Tensor:
         """Text attention with a group's identities, heads side by side. [B, Lq, C]"""
-        more = {} if group is None else group.arguments(self.q.shape[0])
-        return id_attention(self.q, self.k, self.v, text_bias=self.bias, **more).transpose(1, 2).flatten(2)
+        more = {"backend": self.backend} if group is None else group.arguments(self.q.shape[0])
+        out = id_attention(self.q, self.k, self.v, text_bias=self.bias, stage=self.stage, **more)
+        return out.transpose(1, 2).flatten(2)
 
     def facts(self) -> tuple:
         """What `explain` needs to know of the last call."""
         grad = torch.is_grad_enabled() and self.q.requires_grad
-        return self.q.shape, self.k.shape[2], self.q.dtype, self.q.device.type, self.bias is not None, grad
+        return self.q.shape, self.k.shape[-2], self.q.dtype, self.q.device.type, self.bias is not None, grad
 
 
-def _text_kv(binding: Binding, attn: nn.Module, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values of the text, once per prompt. [B, Lt, C] twice"""
+def _text_kv(
+    binding: Binding, attn: nn.Module, states: Tensor, text: Tensor | None, staged: StagedText | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the text, once per prompt. [B, Lt, C] twice, of staged text [S, B, Lt, C]"""
     # The layer keeps its fused weights after diffusers' unfuse, so only the processor tells which to use.
     fused = type(binding.found).__name__ == "FusedAttnProcessor2_0"
 
     def project(source: Tensor) -> tuple[Tensor, Tensor]:
+        if staged is not None:
+            return staged.project(attn, source, fused)
         return attn.to_kv(source).chunk(2, dim=-1) if fused else (attn.to_k(source), attn.to_v(source))
 
     if text is None:

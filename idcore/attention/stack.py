@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import InputError
 from .conditioning import Conditioning
 from .processors import Binding, IdAttnProcessor, make_processor
+from .staged import StagedText
 from .types import Site
 
 
@@ -53,6 +54,7 @@ class IdStack:
         self.by_site: dict[str, tuple[Conditioning, ...]] = {}
         self.slots: dict[str, tuple[Site, nn.Module, IdAttnProcessor]] = {}
         self.hook: Any = None
+        self.staged: StagedText | None = None
         self.here = _PerThread()
         self.latest: tuple[int, int] | None = None
         # Shown (site name, q [B, H, Lq, D], text k [Bt, H, Lt, D]) at every layer while set (`training.injection`).
@@ -70,6 +72,10 @@ class IdStack:
             return list(layers)
         return [c for c in layers if not c.is_off(name)]
 
+    def staged_at(self, name: str) -> StagedText | None:
+        """What reads wide text at layer `name`; None where text is plain in any case."""
+        return self.staged if self.staged is not None and name in self.staged.sites else None
+
     def size(self) -> tuple[int, int] | None:
         """Height and width of the UNet's input; recomputation in autograd's own threads takes the latest."""
         return self.here.size or self.latest
@@ -81,6 +87,8 @@ class IdStack:
         if sample is not None:
             self.here.size = self.latest = (sample.shape[-2], sample.shape[-1])
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if self.staged is not None:
+            self.staged.begin(timestep, sample.device)
         if torch.compiler.is_compiling():
             self._begin_traced(timestep)
         else:
@@ -110,25 +118,56 @@ class IdStack:
         """Put a conditioning on; either all of it, or, with an exception, nothing."""
         self._set_layers([*self.layers, conditioning])
         try:
-            self.reconcile()
-            for site in conditioning.sites.values():
-                if site.name not in self.slots:
-                    self._cover(site, unet.get_submodule(site.path))
-            if self.hook is None:
-                self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
+            self._settle(unet, conditioning.sites.values())
         except BaseException:
             self.remove(unet, conditioning)
             raise
 
+    def add_staged(self, unet: nn.Module, staged: StagedText) -> None:
+        """Let the layers read wide text; all of them or, with an exception, none.
+
+        Raises:
+            InputError: they do so already, or a layer holds a processor that cannot.
+        """
+        if self.staged is not None:
+            raise InputError(
+                "attach: this UNet already reads staged text (SeFi-IDE); attach several people at once, as a list, or "
+                "detach the first"
+            )
+        self.staged = staged
+        try:
+            self._settle(unet, staged.sites.values())
+            for site, attn, ours in (self.slots[n] for n in staged.sites):
+                _check_stageable(site, attn, ours.id_binding)
+        except BaseException:
+            self.remove_staged(unet)
+            raise
+
+    def remove_staged(self, unet: nn.Module) -> None:
+        """Undo `add_staged`."""
+        self.staged = None
+        self._give_back(unet)
+
+    def _settle(self, unet: nn.Module, sites: Iterable[Site]) -> None:
+        self.reconcile()
+        for site in sites:
+            if site.name not in self.slots:
+                self._cover(site, unet.get_submodule(site.path))
+        if self.hook is None:
+            self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
+
     def remove(self, unet: nn.Module, conditioning: Conditioning) -> None:
         """Take a conditioning off; processors of layers that none uses any more are given back."""
         self._set_layers([c for c in self.layers if c is not conditioning])
-        for name in [n for n in self.slots if n not in self.by_site]:
+        self._give_back(unet)
+
+    def _give_back(self, unet: nn.Module) -> None:
+        for name in [n for n in self.slots if n not in self.by_site and self.staged_at(n) is None]:
             _, attn, ours = self.slots.pop(name)
             found = self._resting(attn.processor, ours)
             if found is not attn.processor:
                 attn.set_processor(found)
-        if not self.layers:
+        if not self.layers and self.staged is None:
             self._mend_saved(unet)
             if self.hook is not None:
                 self.hook.remove()
@@ -212,4 +251,13 @@ def _check_layer(site: Site, attn: nn.Module) -> None:
         raise InputError(
             f"attach: {site.name} does not divide its logits by sqrt(head_dim) (scale_qk=False), "
             "which identity attention needs"
+        )
+
+
+def _check_stageable(site: Site, attn: nn.Module, binding: Binding) -> None:
+    if binding.kind == "other" or attn.norm_cross is not None:
+        what = type(binding.found).__name__ if binding.kind == "other" else "a normalisation of the text (norm_cross)"
+        raise InputError(
+            f"attach: {site.name} holds {what}, which staged text (SeFi-IDE) cannot go through; restore the layer with "
+            "unet.set_attn_processor, or use another base model"
         )

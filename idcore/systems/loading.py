@@ -11,8 +11,9 @@ from idcore.hub import usable
 from idcore.recipes import RECIPES, recipe
 from idcore.weights import PULID_LAYOUTS, describe
 
-SYSTEMS = ("pulid", "faceid", "instantid", "dreamidentity")
-_FORMATS = {"idcore-dreamidentity": "dreamidentity"}  # files of this project's own, named in their metadata
+SYSTEMS = ("pulid", "faceid", "instantid", "dreamidentity", "sefi-ide")
+# Files of this project's own, named in their metadata.
+_FORMATS = {"idcore-dreamidentity": "dreamidentity", "idcore-sefi-ide": "sefi-ide"}
 _RECIPES = {"pulid": "pulid-v1", "faceid": "faceid-plusv2-sdxl", "instantid": "instantid"}
 # What a needed recipe is to `load_system`, and its file; "": the folder.
 _ROLES = {
@@ -131,6 +132,11 @@ def load_system(
     if found == "pulid":
         files = {"vision": vision, "parsing": parsing, "retinaface": retinaface}
         return _pulid(weights, files, faces, policy, preset, for_photos)
+    if found == "sefi-ide":
+        raise InputError(
+            f"{weights} is a person of SeFi-IDE, which is trained from photos and cannot read new ones; draw with it: "
+            f"idcore generate --weights {weights}"
+        )
     if found == "dreamidentity":
         return _dreamidentity(weights, faces, policy, for_photos)
     return _face_adapter(found, weights, vision, faces, policy, for_photos)
@@ -171,10 +177,17 @@ def _dreamidentity(weights: Path, faces: str, policy: Any, for_photos: bool) -> 
 
 
 def system_for(identity: Any) -> Any:
-    """The system of a saved identity that needs no weights to be attached (words of a prompt); None: it needs them."""
+    """The system of saved identities that needs no weights to be attached, since they act through the prompt; None:
+    it needs them, or they are of several."""
+    from idcore.systems.sefi_files import NAME
+    from idcore.systems.sefi_ide import SeFiIDE
     from idcore.systems.words import WORD_SYSTEMS, WordSystem
 
-    return WordSystem() if identity.system in WORD_SYSTEMS else None
+    people = identity if isinstance(identity, (list, tuple)) else [identity]
+    made_by = {getattr(p, "system", None) for p in people}
+    if made_by == {NAME}:
+        return SeFiIDE()
+    return WordSystem() if made_by and made_by <= set(WORD_SYSTEMS) else None
 
 
 def _face_adapter(name: str, weights: Path, vision: Any, faces: str, policy: Any, for_photos: bool) -> Any:

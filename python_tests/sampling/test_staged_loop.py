@@ -1,0 +1,34 @@
+"""A loop whose text changes by stage, recorded: what a CUDA graph holds fixed stays right."""
+
+import torch
+from naive_attention import one_thread  # noqa: F401
+from tape import record
+
+import idcore
+from idcore.identity import Identity
+from idcore.sampling.loop_graph import LoopGraphs
+from idcore.testing.tiny_models import tiny_pipeline, tiny_unet
+
+
+def person(seed):
+    tokens = torch.randn(1, 10, 64, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return Identity(tokens, None, "sefi-ide", {"stages": 5, "class_word": "x"})
+
+
+def test_one_recorded_loop_serves_other_people_and_prompts():
+    small = {"layers_per_block": 1, "block_out_channels": (16, 32), "transformer_layers_per_block": 1}
+    eager, other = (tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **small)) for _ in range(2))
+    eager, graph = idcore.IDPipeline(eager, sampler="lightning"), idcore.IDPipeline(other, sampler="lightning")
+    graph.runner, graph.graphs = "graph", LoopGraphs(other.unet, record)
+    recorded, inner = [], graph.graphs._recorded
+    graph.graphs._recorded = lambda *a: recorded.append(1) or inner(*a)
+    pictures = []
+    for seed, prompt in ((1, "a V*"), (2, "a V*"), (2, "V* smiles")):
+        both = []
+        for pipe in (eager, graph):
+            with idcore.attach(pipe, None, person(seed), backend="reference"):
+                both.append(pipe(prompt, num_inference_steps=4, guidance_scale=2.0, output_type="latent",
+                                 generator=torch.Generator().manual_seed(0)).images)  # fmt: skip
+        assert (both[0] - both[1]).abs().max() < 1e-4 * both[0].abs().max()
+        pictures.append(both[0])
+    assert len(recorded) == 1 and not torch.allclose(pictures[0], pictures[1], atol=1e-3)
