@@ -35,9 +35,7 @@ System = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(
-        help="Weights of PuLID, FaceID, InstantID (any published layout), DreamIdentity or SeFi-IDE: safetensors."
-    ),
+    typer.Option(help="PuLID, FaceID, InstantID (any published layout), DreamIdentity or SeFi-IDE: safetensors."),
 ]
 Vision = Annotated[
     Path | None,
