@@ -231,12 +231,14 @@ def env(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours are one clear text and exit status 1, no traceback."""
+    """Entry point: errors of ours are one clear text and exit status 1 (128 + signal for a training that a signal
+    stopped), no traceback."""
     try:
         app()
     except IdcoreError as e:
-        typer.echo(f"error: {e}", err=True)
-        sys.exit(1)
+        code = getattr(e, "exit_code", 1)
+        typer.echo(str(e) if code > 128 else f"error: {e}", err=True)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

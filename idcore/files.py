@@ -140,9 +140,11 @@ def write_safetensors(
     path = Path(path)
     staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        staging.touch()
+        usual = staging.stat().st_mode & 0o777  # the library may write for the owner alone
         save_file(_separate(tensors), str(staging), metadata=dict(metadata or {}))
+        staging.chmod(usual)
         with open(staging, "rb+") as f:
-            os.fchmod(f.fileno(), 0o666 & ~_umask())  # the library may write for the owner alone
             os.fsync(f.fileno())
         os.replace(staging, path)
     except (OSError, SafetensorError) as e:
@@ -153,12 +155,6 @@ def write_safetensors(
         except OSError:  # no folder to clean, or one that cannot be written: nothing was left there
             pass
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,6 +79,8 @@ def save(
 def _write(staging: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     staging.mkdir(parents=True)
     for name, values in tensors.items():
+        if not values:  # an optimiser before its first step
+            continue
         files.write_safetensors(staging / f"{name}.safetensors", values)
     _write_json(staging / _STATE, {"format": FORMAT, "step": step, **state})
     entries = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class Run:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.step, self.samples, self.saved = 0, 0, -1
         self.module = task.module
-        torch.manual_seed(config.seed)
+        state.seed_all(config.seed)
         self.computation = self._wrapped()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not self.parameters:
@@ -162,7 +163,7 @@ class Run:
                 self.save()
             if asked:
                 raise TrainingStopped(
-                    f"stopped by signal {asked} after step {self.step} of {c.steps}; saved in "
+                    f"stopped by {signal.Signals(asked).name} after step {self.step} of {c.steps}; saved in "
                     f"{self.checkpoints}, go on with --resume", 128 + asked,
                 )  # fmt: skip
             self._validate_if_due()

@@ -104,9 +104,9 @@ def load(run: Run, found: checkpoint.Checkpoint, allow_change: Sequence[str]) ->
     """
     kept, what = found.state, f"checkpoint {found.folder}"
     _refuse_changes(run, kept, allow_change)
-    state.load_optimiser(run.module, run.optimiser, found.tensors("optimiser"), kept["optimiser"], what)
     module = found.tensors("module")
     state.load_module(run.module, module, what)
+    state.load_optimiser(run.module, run.optimiser, found.tensors("optimiser"), kept["optimiser"], what)
     if run.average:
         state.load_average(run.average, run.module, found.tensors("average") or module, what)
     if run.scaler is not None and kept["scaler"]:

@@ -102,7 +102,7 @@ def load_optimiser(
     numbers: Mapping[str, Mapping[str, Any]],
     what: str,
 ) -> None:
-    """Bring an optimiser to a saved state. Changes the module's weights in the last bit: load those afterwards.
+    """Bring an optimiser to a saved state; the module's weights stay as they are.
 
     Raises:
         WeightsError: the state is another optimiser's.
@@ -139,14 +139,24 @@ def _taken(values: Mapping[str, Any], key: str, name: str, what: str) -> Any:
 def _prime(optimiser: torch.optim.Optimizer) -> None:
     """Make the optimiser allocate its state, by a step of rate 0 along no gradient."""
     rates = [group["lr"] for group in optimiser.param_groups]
+    weights = [(p, local(p).clone()) for group in optimiser.param_groups for p in group["params"]]
     for group in optimiser.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter, _ in weights:
+        parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     for group, rate in zip(optimiser.param_groups, rates):
         group["lr"] = rate
+    for parameter, kept in weights:
+        local(parameter).copy_(kept)  # even a zero keeps its sign
+
+
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and PyTorch's own generators; tasks draw from `contract.Step`, layers (dropout) from these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,14 +1,19 @@
 """The training loop in one process: steps, saving, resuming bit for bit, refusals."""
 
 import json
+import random
+import sys
 
+import numpy as np
 import pytest
 import torch
 from loop_cases import Denoise, Rows, config, losses
 
+from idcore.errors import IdcoreError, InputError, MissingDependencyError, WeightsError
 from idcore.files import read_safetensors
 from idcore.training import checkpoint
 from idcore.training.loop import train
+from idcore.training.optimise import Average, learning_rate
 
 
 def state_files(folder):
@@ -59,3 +64,142 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(tmp_path, optimiser):
     assert whole.state["task_state"] == parts.state["task_state"] == {"seen": 24}
     measures = [(tmp_path / n / "measures.jsonl").read_text() for n in ("whole", "parts")]
     assert measures[0] == measures[1]
+
+
+def test_accumulating_equals_one_larger_batch(tmp_path):
+    train(Denoise(), Rows(), config(batch=8), tmp_path / "one")
+    train(Denoise(), Rows(), config(batch=2, accumulate=4), tmp_path / "four")
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert all(abs(one[s]["loss"] - four[s]["loss"]) < 1e-5 for s in one)
+    train(Denoise(), Rows(), config(batch=4, accumulate=2), tmp_path / "one", resume=True)  # the same global batch
+
+
+def test_training_leaves_everything_else_as_it_was(tmp_path):
+    torch.manual_seed(11), np.random.seed(3), random.seed(4)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    train(task := Denoise(0), Rows(), config(steps=2, deterministic=True, precision="bf16"), tmp_path / "a")
+    torch.manual_seed(11)  # Denoise itself seeds
+    after = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
+    assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2]
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert task.module["a"](torch.ones(1, 7)).dtype == torch.float32  # no autocast left behind
+    train(task, Rows(), config(steps=2), tmp_path / "b")
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(tmp_path):
+    task = Denoise(poison_at=6)
+    with pytest.raises(IdcoreError) as e:
+        train(task, Rows(), config(), tmp_path)
+    text = str(e.value)
+    assert "training stopped at step 6: the loss is nan (noise 0." in text and "size nan) on samples row" in text
+    assert f"the checkpoint of step 4 in {tmp_path / 'checkpoints'} is intact" in text and "--allow-change lr" in text
+    assert all(bool(torch.isfinite(p).all()) for p in task.module.parameters())
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    train(Denoise(), Rows(), config(), tmp_path, resume=True)
+    train(Denoise(), Rows(), config(), tmp_path / "whole")
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
+    class Steep(Denoise):
+        def losses(self, batch, step):
+            terms = super().losses(batch, step)
+            return terms | {
+                "steep": 1e-9 * (self.module["b"].weight - self.module["b"].weight.detach()).square().sum().sqrt()
+            }
+
+    with pytest.raises(IdcoreError, match="step 0: the gradient's norm is nan. Nothing was updated; the checkpoint of"):
+        train(Steep(), Rows(), config(), tmp_path)
+
+
+def test_what_a_run_may_not_be_resumed_with(tmp_path):
+    train(Denoise(), Rows(), config(stop_at=4), tmp_path)
+    with pytest.raises(InputError) as e:
+        train(Denoise(), Rows(60), config(lr=1.0, batch=8, save_every=3), tmp_path, resume=True)
+    text = str(e.value)
+    assert "  lr: was 0.01, is 1.0\n" in text and "  data.count: was 64, is 60\n" in text
+    assert "  batch: was 4, is 8\n" in text and "save_every" not in text
+    assert "--allow-change lr --allow-change data.count --allow-change batch" in text
+    train(Denoise(), Rows(60), config(lr=1.0, batch=8), tmp_path, resume=True, allow_change=["lr", "data", "batch"])
+    assert losses(tmp_path)[5]["lr"] == 1.0
+    with pytest.raises(InputError, match="holds a run already .step-00000012.; add --resume"):
+        train(Denoise(), Rows(), config(), tmp_path)
+    with pytest.raises(WeightsError, match="no checkpoint in .*train without resuming first"):
+        train(Denoise(), Rows(), config(), tmp_path / "new", resume=True)
+    with pytest.raises(WeightsError, match=r"wanted 11 tensors, got 11; 7 of the wrong shape: a\.bias"):
+        train(Denoise(width=25), Rows(), config(lr=1.0), tmp_path, resume=True, allow_change=["lr", "data", "batch"])
+    with pytest.raises(WeightsError, match="saved by another optimiser"):
+        allow = ["lr", "data", "batch", "optimiser"]
+        train(Denoise(), Rows(), config(lr=1.0, optimiser="sgd"), tmp_path, resume=True, allow_change=allow)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"precision": "fp16"}, "precision fp16 needs a GPU; on the CPU choose bf16 or no"),
+        ({"trackers": ("tensorbord",)}, "'tensorbord' is none that accelerate knows: .*tensorboard"),
+        ({"trackers": ("aim",)}, "aim is not installed: pip install aim, or set trackers="),
+        (
+            {"optimiser": "adamw8bit"},
+            "needs bitsandbytes or torchao, and neither is installed: pip",
+        ),
+        ({"warmup": 12}, "warmup must be below steps"),
+    ],
+)
+def test_settings_that_cannot_be_served_here_are_refused(tmp_path, changes, words, monkeypatch):
+    for name in ("aim", "bitsandbytes.optim", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises((InputError, MissingDependencyError), match=words):
+        train(Denoise(), Rows(), config(**changes), tmp_path)
+
+
+def test_data_and_losses_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"micro batches of \[60\] samples at step 0; wanted 1 of 61"):
+        train(Denoise(), Rows(60), config(batch=61), tmp_path / "a")
+    task = Denoise()
+    task.losses = lambda batch, step: {"flat": torch.tensor(1.0)}
+    with pytest.raises(InputError, match=r"denoise: the losses do not depend on its module \(flat\)"):
+        train(task, Rows(), config(), tmp_path / "b")
+    task = Denoise()
+    task.module.requires_grad_(False)
+    with pytest.raises(InputError, match="denoise: its module has no parameter that wants a gradient"):
+        train(task, Rows(), config(), tmp_path / "c")
+
+
+def test_tensorboard_gets_losses_measures_and_pictures(tmp_path):
+    c = {"trackers": ("tensorboard",), "log_every": 2, "validate_every": 6}
+    train(Denoise(), Rows(), config(**c, stop_at=6), tmp_path)
+    train(Denoise(), Rows(), config(**c), tmp_path, resume=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    steps, pictures = [], []
+    for folder in {p.parent for p in tmp_path.rglob("events.out.*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        steps += [e.step for e in events.Scalars("losses/noise")]
+        pictures += [e.step for e in events.Images("validation/map")]
+        assert {"loss", "lr", "grad_norm", "logs/output", "validation/weight"} <= set(events.Tags()["scalars"])
+    assert steps == [2, 4, 6, 8, 10, 12] and pictures == [0, 6, 12]
+
+
+def test_the_average_follows_slowly_and_swaps_back_exactly():
+    task = Denoise()
+    average = Average(task.module, 0.9)
+    start = task.module["a"].weight.detach().clone()
+    with torch.no_grad():
+        task.module["a"].weight += 1
+    average.update(0)  # decay (1 + 0) / (10 + 0)
+    average.swap()
+    assert torch.allclose(task.module["a"].weight, start + 0.9)
+    average.swap()
+    assert torch.equal(task.module["a"].weight, start + 1)
+
+
+def test_courses_of_the_learning_rate():
+    rates = lambda **c: [learning_rate(k, config(steps=100, lr=1.0, warmup=10, **c)) for k in range(100)]  # noqa: E731
+    linear = rates(schedule="linear", decay=0.2, lr_end=0.02)
+    assert linear[0] == pytest.approx(0.1) and linear[9] == linear[80] == 1.0
+    assert linear[99] == pytest.approx(0.05) and sorted(linear[80:], reverse=True) == linear[80:]
+    cosine = rates(schedule="cosine", lr_end=0.5)
+    assert cosine[50] == pytest.approx(0.75) and cosine[99] == pytest.approx(0.5, abs=1e-3)
+    assert set(rates()[10:]) == {1.0}

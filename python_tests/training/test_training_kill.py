@@ -1,0 +1,124 @@
+"""Trainings that are killed, stopped by signals or meet a full or read-only disk; what comes after is exact."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from multiprocessing import forkserver
+
+import kill_cases
+import pytest
+from loop_cases import losses
+
+from idcore.training import checkpoint
+
+MOMENTS = int(os.environ.get("IDCORE_KILLS", 20))  # half of them during saves; nightly: 50
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a function of kill_cases in a process; they are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_cases"])
+    with pytest.MonkeyPatch.context() as patch:  # the server looks there alone for what it preloads
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        forkserver.ensure_running()
+
+    def begin(function, *args):
+        process = context.Process(target=function, args=args)
+        process.start()
+        return process
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    process = start(kill_cases.run, str(out))
+    process.join(60)
+    assert process.exitcode == 0
+    return out
+
+
+def go_on(start, out, whole):
+    """Resume after a kill; everything is as if there had been none."""
+    stood = checkpoint.folders(out / "checkpoints")
+    found = checkpoint.newest(out / "checkpoints")
+    assert not stood or found is not None
+    process = start(kill_cases.run, str(out))
+    process.join(60)
+    assert process.exitcode == 0, out.with_suffix(".err").read_text()
+    assert losses(out) == losses(whole)
+    assert (out / "measures.jsonl").read_text() == (whole / "measures.jsonl").read_text()
+    last = checkpoint.newest(out / "checkpoints")
+    for name in ("module", "average", "optimiser", "random"):
+        file = f"checkpoints/{last.folder.name}/{name}.safetensors"
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), name
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{kill_cases.STEPS:08d}"]
+    return found
+
+
+def test_killed_at_random_moments(start, whole, tmp_path):
+    draw, steps = random.Random(7), set()
+    for i in range(MOMENTS // 2):
+        out = tmp_path / str(i)
+        process = start(kill_cases.run, str(out), 0, 0.002)
+        while not checkpoint.folders(out / "checkpoints"):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.6))
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
+        steps.add(go_on(start, out, whole).step)
+        shutil.rmtree(out)
+    assert len(steps) > 1
+
+
+def test_killed_during_saves(start, whole, tmp_path):
+    draw, count = random.Random(8), int((whole / "operations").read_text())
+    for die_at in draw.sample(range(1, count + 1), MOMENTS - MOMENTS // 2):
+        out = tmp_path / str(die_at)
+        process = start(kill_cases.run, str(out), die_at)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        go_on(start, out, whole)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(start, whole, tmp_path, number, code):
+    process = start(kill_cases.signalled, str(tmp_path / "run"), number, 6)
+    process.join(60)
+    assert process.exitcode == code
+    text = (tmp_path / "run.txt").read_text()
+    assert f"TrainingStopped: stopped by {number.name} after step 7 of 20; saved in " in text and "--resume" in text
+    assert go_on(start, tmp_path / "run", whole).step == 7
+
+
+def test_a_second_interrupt_stops_at_once_and_harms_nothing(start, whole, tmp_path):
+    process = start(kill_cases.signalled, str(tmp_path / "run"), signal.SIGINT, 6, 2)
+    process.join(60)
+    assert process.exitcode == 1 and (tmp_path / "run.txt").read_text() == "KeyboardInterrupt: "
+    assert go_on(start, tmp_path / "run", whole).step == 4
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody who may not write")
+def test_a_folder_that_cannot_be_written(start, whole, tmp_path):
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o711)
+    (tmp_path / "new").mkdir(0o755)
+    shutil.copytree(whole, tmp_path / "old")
+    texts = {"new": f"cannot write into {tmp_path / 'new'}: Permission denied; choose another --out folder"}
+    texts["old"] = f"cannot write {tmp_path / 'old'}/losses.jsonl: Permission denied; the last checkpoint is intact"
+    for name, text in texts.items():
+        process = start(kill_cases.as_nobody, str(tmp_path / name), name == "old")
+        process.join(60)
+        assert process.exitcode == 1
+        assert (tmp_path / f"{name}.txt").read_text().startswith(f"IdcoreError: {text}")
+    assert checkpoint.newest(tmp_path / "old" / "checkpoints").step == kill_cases.STEPS
