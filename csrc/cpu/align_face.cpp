@@ -5,11 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "cpu/id_attention_fwd.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "cpu/team.h"
 
 namespace idcore {
 namespace cpu {
@@ -63,7 +59,7 @@ class Call {
       floats_ = std::max(floats_, (t.box.pixels() * 4 + 15) / 16 * 16);
       sums_ = std::max(sums_, (4 * t.geometry.shrink * (t.box.x1 - t.box.x0) + 15) / 16 * 16);
     }
-    threads_ = threads_for(p_.faces * p_.height * p_.width);
+    threads_ = team_size(p_.faces * p_.height * p_.width, kSerialSamples);
   }
 
   void run() {
@@ -74,7 +70,7 @@ class Call {
     uint32_t* base = scratch.data();
 #pragma omp parallel num_threads(threads_)
     {
-      uint32_t* own = base + (floats_ + sums_) * thread();
+      uint32_t* own = base + (floats_ + sums_) * thread_number();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < items_; ++i) {
         ChipTile t = tile(i);
@@ -86,24 +82,6 @@ class Call {
   }
 
  private:
-  static int64_t thread() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-  }
-
-  int threads_for(int64_t samples) const {
-#if defined(_OPENMP)
-    if (samples < kSerialSamples || omp_in_parallel()) return 1;
-    return static_cast<int>(std::min<int64_t>(max_threads(), std::max<int64_t>(items_, 1)));
-#else
-    (void)samples;
-    return 1;
-#endif
-  }
-
   ChipTile tile(int64_t i) const {
     ChipTile t{};
     t.params = &p_;

@@ -7,9 +7,6 @@
 #include <cstdint>
 #include <new>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -81,14 +78,6 @@ class Claims {
   const int threads_;
   const int64_t chunks_;
 };
-
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Waits for another thread of the team, which is at work or has lost its core for a while.
 template <class Ready>

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "cpu/claims.h"
+#include "cpu/team.h"
 #include "cpu/workspace.h"
 
 namespace idcore {
@@ -67,7 +68,7 @@ class Call {
     int64_t keys = 0;
     for (int b = 0; b <= n_; ++b) keys += length_of(p_, b);
     plan_.row_floats = k_.row_floats(keys, p_.head_dim);
-    threads_ = threads_for(units_ * p_.lq * p_.head_dim * keys);
+    threads_ = team_size(units_ * p_.lq * p_.head_dim * keys, kSerialWork);
   }
 
   void run() {
@@ -92,16 +93,6 @@ class Call {
   }
 
  private:
-  int threads_for(int64_t work) const {
-#if defined(_OPENMP)
-    if (work < kSerialWork || omp_in_parallel()) return 1;
-    return static_cast<int>(std::min<int64_t>(omp_get_max_threads(), units_ * plan_.chunks));
-#else
-    (void)work;
-    return 1;
-#endif
-  }
-
   // Chunks of the ring in which a thread keeps what waits for a second pass; small, so that it stays in the
   // cache. None for ortho_v2: its `a` is a mean over heads, so that nobody may finish before all have
   // attended.

@@ -6,11 +6,8 @@
 #include <cstring>
 
 #include "cpu/kernels_bwd.h"
+#include "cpu/team.h"
 #include "cpu/workspace.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace idcore {
 namespace cpu {
@@ -45,7 +42,7 @@ class Segments {
     plan_.padded_dim = (p_.head_dim + lanes_ - 1) / lanes_ * lanes_;
     items_ = p_.batch * plan_.segments * p_.heads;
     scratch_floats_ = (k_.scratch_floats(p_) + 15) / 16 * 16;
-    threads_ = threads();
+    threads_ = team_size(work(), kSerialSegmentWork);
   }
 
   int branches() const { return 1 + p_.num_identities; }
@@ -59,15 +56,10 @@ class Segments {
     return {&p_.v_text, p_.stage.index == nullptr ? nullptr : &p_.stage, p_.stage.v_stride};
   }
 
-  int threads() const {
-#if defined(_OPENMP)
+  int64_t work() const {
     int64_t keys = 0;
     for (int b = 0; b < branches(); ++b) keys += length_of(p_, b);
-    if (p_.batch * p_.heads * p_.lq * p_.head_dim * keys < kSerialSegmentWork || omp_in_parallel()) return 1;
-    return static_cast<int>(std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(items_, 1)));
-#else
-    return 1;
-#endif
+    return p_.batch * p_.heads * p_.lq * p_.head_dim * keys;
   }
 
   PackedTwice packed(Pieces& pieces, int b, const KeySource& s) const {
@@ -114,11 +106,7 @@ class Segments {
   // work(batch, segment, head, scratch) for every item.
   template <class Work>
   void each_item(Work work) {
-#if defined(_OPENMP)
-    float* scratch = scratch_ + scratch_floats_ * omp_get_thread_num();
-#else
-    float* scratch = scratch_;
-#endif
+    float* scratch = scratch_ + scratch_floats_ * thread_number();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < items_; ++i) {
       const int64_t segment = i / p_.heads;

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..env import command_line, machine
-from . import id_attention, ops, peak, roofline, rows
+from . import handover, id_attention, ops, peak, roofline, rows
 from .gpu import main as gpu
 
 # Benchmarks of whole models: they need diffusers, which the others do not.
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
     commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
+    turns = commands.add_parser("handover", help="what changing between PyTorch's OpenMP loops and ours costs")
+    turns.add_argument("--rounds", type=int, default=15)
     roofline.add_arguments(commands.add_parser("roofline", help="plot and table of reports that are there"))
     gpu.add_arguments(commands.add_parser("gpu", help="build, test, sanitize and time the GPU kernels"))
     for name, about in MODELS.items() if importlib.util.find_spec("diffusers") else ():
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
     if options.command == "peak":
         report["rows"] = peak.rows(torch.get_num_threads())
+    elif options.command == "handover":
+        report.update(handover.run(options.rounds))
     elif options.command in MODELS:
         report.update(_model_bench(options.command).run(options))
     else:
