@@ -176,7 +176,7 @@ def _before_output(
     size = None
     if any(c.has_masks for c in active):
         size = binding.stack.size() if image is None else tuple(image[-2:])
-    groups = _groups(active, binding.site.name, call.q, size)
+    groups = groups_of(active, binding.site.name, call.q, size)
     if not torch.compiler.is_compiling():
         binding.seen = call.facts()
     if kind == "other":
@@ -234,7 +234,8 @@ class Group(NamedTuple):
         return torch.cat(wide)
 
 
-def _groups(active: list[Conditioning], name: str, q: Tensor, size: tuple[int, int] | None) -> list[Group]:
+def groups_of(active: list[Conditioning], name: str, q: Tensor, size: tuple[int, int] | None) -> list[Group]:
+    """Conditionings that one op call can serve together, in order."""
     groups: dict[Any, Group] = {}
     for c in active:
         group = groups.setdefault((c.options, c.backend), Group(c, []))

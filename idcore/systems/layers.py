@@ -38,8 +38,13 @@ def matching_sites(name: str, layers: Iterable[tuple[int, int]], unet: nn.Module
     Raises:
         InputError: the UNet has other layers than the weights.
     """
+    return fitting_sites(name, layers, find_sites(unet))
+
+
+def fitting_sites(name: str, layers: Iterable[tuple[int, int]], sites: list[Site]) -> list[Site]:
+    """The sites, if they are those that there are weights for; arguments and errors as in :func:`matching_sites`."""
     layers = tuple(layers)
-    wanted, sites = dict(layers), find_sites(unet)
+    wanted = dict(layers)
     found = {s.index: s.hidden for s in sites}
     if found == wanted:
         return sites
