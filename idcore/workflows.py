@@ -194,7 +194,7 @@ def write_text(path: Path, text: str) -> None:
     """All or nothing."""
     staged = path.with_name(f".{path.name}.part")
     try:
-        staged.write_text(text + "\n")
+        staged.write_text(text + "\n", encoding="utf-8")
         os.replace(staged, path)
     except OSError as e:
         staged.unlink(missing_ok=True)
