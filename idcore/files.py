@@ -157,6 +157,30 @@ def write_safetensors(
     return path
 
 
+def replace_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a text file all or nothing: a staging file beside it, flushed to disk, then renamed over it.
+
+    Raises:
+        WeightsError: the folder is missing or read-only, or the disk is full; what stood there is still there.
+    """
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(staging, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(staging, path)
+    except OSError as e:
+        raise WeightsError(_why_not_written(path, {}, e, len(text))) from e
+    finally:
+        try:
+            staging.unlink(missing_ok=True)
+        except OSError:
+            pass
+    return path
+
+
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each with its own memory (safetensors refuses shared storage)."""
     seen: set[int] = set()
@@ -169,8 +193,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _why_not_written(path: Path, tensors: Mapping[str, Tensor], cause: Exception) -> str:
-    need = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+def _why_not_written(path: Path, tensors: Mapping[str, Tensor], cause: Exception, size: int = 0) -> str:
+    need = (size + sum(t.numel() * t.element_size() for t in tensors.values())) / 2**20
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free there"
     except OSError:

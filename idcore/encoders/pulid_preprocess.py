@@ -189,8 +189,15 @@ class PuLIDPreprocess:
         image = shrink(load_image(photo), self.max_side)
         name = f"photo {number + 1}" + (f" {os.fspath(photo)}" if isinstance(photo, (str, os.PathLike)) else "")
         face = self._choose(image, name)
-        if face is None:
-            return None
+        return None if face is None else self.features_of(image, face, name)
+
+    def features_of(self, image: Image.Image, face: Face, name: str = "the picture") -> PuLIDFeatures:
+        """Features [1, 1, ...] of one face of an RGB picture (already shrunk); `name` is for errors.
+
+        Raises:
+            InputError: an embedding of another width than the weights want.
+            NoFaceError: the landmark detector does not see this face.
+        """
         embedding = np.asarray(self.analyzer.embed(image, face), np.float32).reshape(-1)
         if embedding.shape != (self.id_dim,):
             raise InputError(
