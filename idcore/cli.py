@@ -195,6 +195,48 @@ def train_tiny(
 
 
 @app.command()
+def prepare(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures with captions, or of WebDataset shards (.tar).")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; a second call goes on where one stopped.")] = None,
+    system: Annotated[
+        str, typer.Option(help='Whose face features: "tiny-pulid" (embedded), "pulid", or "none" (faces alone).')
+    ] = "tiny-pulid",
+    faces: Faces = "embedded",
+    vision: Vision = None,
+    parsing: Parsing = None,
+    retinaface: Retina = None,
+    base: Annotated[
+        str | None, typer.Option(help='Also encode the pictures: a folder with an SDXL pipeline, or "tiny".')
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of the vision tower and the base's autoencoder.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16.")] = "float32",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: resolution=768, several=largest. May be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result is the same for any number.")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Examine and report, write nothing.")] = False,
+    procedural: Annotated[int, typer.Option(min=0, help="First draw this many people into DATA.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of --procedural.")] = 0,
+    settings: Annotated[bool, typer.Option("--print-settings", help="Print all settings, and stop.")] = False,
+) -> None:
+    """Training data: find and filter faces, cache their features (and latents), once; what is dropped is reported."""
+    from .training.data.command import run_prepare
+    from .training.data.faces import Faces as Setup
+    from .training.data.options import PrepareConfig
+    from .training.settings import as_text, load
+
+    if settings:
+        typer.echo(as_text(load(PrepareConfig, None, change or [])).rstrip())
+        return
+    files = {k: None if v is None else str(v) for k, v in dict(vision=vision, parsing=parsing).items()}
+    setup = Setup(system, faces, **files, retinaface=None if retinaface is None else str(retinaface), device=device)
+    run_prepare(
+        data, out, setup, changes=change or [], base=base, dtype=dtype, procedural=procedural, seed=seed,
+        workers=workers, dry_run=dry_run, say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """What is built, and which backend, provider and weights are usable here, with the reason where not."""
     from .env import as_text, report

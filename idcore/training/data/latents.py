@@ -84,14 +84,13 @@ def _claim(folder: Path, base: Base, records: list[Record]) -> dict[str, Any]:
         try:
             was = json.loads(file.read_text(encoding="utf-8"))
             was_probe = probe(base, tuple(was["bucket"]))
-            differ = was["base"] != said["base"] or not same_probe(was["probe"], was_probe)
+            differ = not same_probe(was["probe"], was_probe)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{file} is damaged ({e!r}); remove {folder / 'latents'} and it, then run again") from e
         if differ:
             raise InputError(
-                f"{folder} holds latents of {was['base']!r}, now {said['base']!r}"
-                + (" with another autoencoder" if was["base"] == said["base"] else "")
-                + f"; prepare for it in another --out, or remove {folder / 'latents'} and {file.name}"
+                f"{folder} holds latents of {was['base']!r}, {said['base']!r} has another autoencoder"
+                f"; prepare for it in another --out, or remove {folder / 'latents'} and {file.name}"
             )
         return {**was, "index": None}
     try:

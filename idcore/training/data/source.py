@@ -93,15 +93,14 @@ class PreparedSource:
         return {"index": self.manifest["index"], "settings": f"sha256:{settings}", "latents": base, **told}
 
     def check_base(self, base: Base) -> None:
-        """Raise InputError where the cached latents are of another base model than `base`."""
+        """Raise InputError where the cached latents are of another autoencoder than that of `base`."""
         if self.latents is None:
             return
         mine = probe(base, tuple(self.latents["bucket"]))
-        if self.latents["base"] != base.name or not same_probe(self.latents["probe"], mine):
+        if not same_probe(self.latents["probe"], mine):
             raise InputError(
-                f"{self.folder} holds latents of {self.latents['base']!r}, the base is {base.name!r}"
-                + (" with another autoencoder" if self.latents["base"] == base.name else "")
-                + "; prepare the data for it, or set latents = false"
+                f"{self.folder} holds latents of {self.latents['base']!r}, {base.name!r} has another autoencoder; "
+                "prepare the data for it, or set latents = false"
             )
 
     def bucket(self, record: Record) -> tuple[int, int]:
