@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import IdcoreError, InputError
-from . import resuming, state
+from . import resuming, sharing, state
 from .config import LoopConfig, as_dict
 from .contract import Batch, Source, Step, Task
 from .optimise import Average, learning_rate, make_optimiser
 from .processes import (
-    Computation,
     StopSignals,
     TrainingStopped,
     determinism,
@@ -97,7 +96,7 @@ class Run:
         self.step, self.samples, self.saved = 0, 0, -1
         self.module = task.module
         state.seed_all(config.seed)
-        self.computation = self._wrapped()
+        self.computation = sharing.wrap(self.module, accelerator, config)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError(f"{task.name}: its module has no parameter that wants a gradient; nothing to train")
@@ -127,9 +126,6 @@ class Run:
     @property
     def global_batch(self) -> int:
         return self.world * self.config.batch * self.config.accumulate
-
-    def _wrapped(self) -> torch.nn.Module:
-        return self.accelerator.prepare_model(Computation(self.module))
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
@@ -169,13 +165,16 @@ class Run:
             self._validate_if_due()
 
     def finish(self) -> Path:
-        """Export the average (or the weights, without one)."""
+        """Export the average (or the weights, without one); the module is whole again afterwards."""
         if self.step < self.config.steps:
-            return self.checkpoints / f"step-{self.step:08d}"
-        with self._shown():
-            if self.first:
-                self.task.export(self.out / RESULT, self._all_facts())
-        return self.out / RESULT
+            made = self.checkpoints / f"step-{self.step:08d}"
+        else:
+            made = self.out / RESULT
+            with self._shown():
+                if self.first:
+                    self.task.export(made, self._all_facts())
+        sharing.unwrap(self.computation)
+        return made
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -189,14 +188,11 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         terms, logs = Means(), Means()
         for i, batch in enumerate(batches):
-            with self._last_only(i == len(batches) - 1):
+            with sharing.exchanging(self.computation, i == len(batches) - 1):
                 total, values = self._forward(batch, step)
                 terms.add(values)
                 logs.add(self.task.logs())
-                if math.isfinite(sum(values.values())):  # what is not, is told below, by all processes together
-                    self.accelerator.backward(total / len(batches))
-                else:
-                    break
+                self.accelerator.backward(total / len(batches))  # even of NaN: all processes take part
         line = self._agreed(terms, logs, [i for b in batches for i in b.ids])
         norm = self._update()
         if self.average:
@@ -234,12 +230,6 @@ class Run:
         if not total.requires_grad:
             raise InputError(f"{self.task.name}: the losses do not depend on its module ({', '.join(terms)})")
         return total, {k: float(v.detach()) for k, v in terms.items()}
-
-    @contextlib.contextmanager
-    def _last_only(self, last: bool):
-        """Gradients are exchanged between processes with the last micro batch alone."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.computation):
-            yield
 
     def _agreed(self, terms: Means, logs: Means, ids: list[str]) -> dict[str, Any]:
         """Means over all processes; raises everywhere if a loss is not finite anywhere."""
@@ -290,7 +280,8 @@ class Run:
         if self.average:
             self.average.swap()
         try:
-            yield
+            with sharing.gathered(self.computation):
+                yield
         finally:
             if self.average:
                 self.average.swap()

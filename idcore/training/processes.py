@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..errors import IdcoreError, InputError
 from .config import LoopConfig
@@ -110,20 +109,6 @@ class StopSignals:
         if number == signal.SIGINT and self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number
-
-
-class Computation(nn.Module):
-    """What is wrapped for several processes: its forward runs any function that uses `trained`'s weights.
-
-    DDP and FSDP act when the wrapped module is called; a task calls parts of its module in its own order.
-    """
-
-    def __init__(self, trained: nn.Module) -> None:
-        super().__init__()
-        self.trained = trained
-
-    def forward(self, compute: Any) -> Any:
-        return compute()
 
 
 @contextlib.contextmanager

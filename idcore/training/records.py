@@ -145,7 +145,8 @@ class Records:
         self.bar.close()
         self.losses.close()
         self.measures.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # accelerate's own end would also part the processes
+            tracker.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """A training in a process of its own that is killed, or kills itself at a chosen operation of a save."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from loop_cases import Denoise, Rows, config
 from idcore import files
 from idcore.training import checkpoint
 from idcore.training.loop import train
+from idcore.training.optimise import local
 
 STEPS = 20
 # keep=1: at no moment may there be fewer than one whole checkpoint
@@ -37,7 +39,7 @@ def run(out, die_at=0, slow=0.0):
 def quiet(out):
     """Progress and tracebacks to OUT/../NAME.err."""
     torch.set_num_threads(1)
-    os.dup2(os.open(Path(out).with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(Path(f"{out}.err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
 
 def watch(die_at, slow):
@@ -73,7 +75,7 @@ def ended(out, how):
         how(Path(out))
     except BaseException as e:
         with contextlib.suppress(OSError):
-            Path(out).with_suffix(".txt").write_text(f"{type(e).__name__}: {e}")
+            Path(f"{out}.txt").write_text(f"{type(e).__name__}: {e}")
         sys.exit(getattr(e, "exit_code", 1))
 
 
@@ -111,3 +113,30 @@ def as_nobody(out, resume):
             os.seteuid(0)
 
     ended(out, how)
+
+
+def member(rank, world, port, out, changes, bases=(1.0, 1.0), resume=False, stop_in=None):
+    """One of several processes of a training; `bases`: what the frozen model multiplies with, by process; `stop_in`:
+    the process that alone gets a SIGTERM, in step 3."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    mine = f"{out}.{rank}"
+    task = Denoise(seed=rank)  # process 0's weights count
+    losses = task.losses
+
+    def times_base(batch, step):
+        if step.index == 3 and stop_in == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {k: v * bases[step.rank] for k, v in losses(batch, step).items()}
+
+    def state():
+        return {"seen": task.seen, "held": sum(local(p).numel() for p in task.module.parameters())}
+
+    def how(folder):
+        train(task, Rows(), config(**changes), Path(out), resume=resume)
+        whole = {k: v.tolist() for k, v in task.module.state_dict().items()}
+        Path(f"{mine}.json").write_text(json.dumps(whole))
+
+    task.losses, task.state = times_base, state
+    ended(mine, how)

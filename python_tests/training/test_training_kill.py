@@ -1,13 +1,11 @@
 """Trainings that are killed, stopped by signals or meet a full or read-only disk; what comes after is exact."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-from multiprocessing import forkserver
+from pathlib import Path
 
 import kill_cases
 import pytest
@@ -16,23 +14,6 @@ from loop_cases import losses
 from idcore.training import checkpoint
 
 MOMENTS = int(os.environ.get("IDCORE_KILLS", 20))  # half of them during saves; nightly: 50
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Starts a function of kill_cases in a process; they are forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_cases"])
-    with pytest.MonkeyPatch.context() as patch:  # the server looks there alone for what it preloads
-        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-        forkserver.ensure_running()
-
-    def begin(function, *args):
-        process = context.Process(target=function, args=args)
-        process.start()
-        return process
-
-    return begin
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +33,7 @@ def go_on(start, out, whole):
     assert not stood or found is not None
     process = start(kill_cases.run, str(out))
     process.join(60)
-    assert process.exitcode == 0, out.with_suffix(".err").read_text()
+    assert process.exitcode == 0, Path(f"{out}.err").read_text()
     assert losses(out) == losses(whole)
     assert (out / "measures.jsonl").read_text() == (whole / "measures.jsonl").read_text()
     last = checkpoint.newest(out / "checkpoints")

@@ -1,0 +1,99 @@
+"""One module trained by several processes: whole copies (DDP), or weights, gradients and optimiser in shards (FSDP).
+
+Only what is trained is wrapped; frozen models stay whole in every process, and may differ between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import InputError
+from .config import LoopConfig
+from .processes import grouped
+
+
+class Computation(nn.Module):
+    """What is wrapped: its forward runs any function that uses `trained`'s weights.
+
+    DDP and FSDP act when the wrapped module is called; a task calls parts of its module in its own order.
+    """
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+
+    def forward(self, compute: Any) -> Any:
+        return compute()
+
+
+def wrap(module: nn.Module, accelerator: Any, c: LoopConfig) -> nn.Module:
+    """A `Computation` of the module on the accelerator's device, with process 0's weights everywhere."""
+    computation = Computation(module).to(accelerator.device)
+    if not grouped():
+        return accelerator.prepare_model(computation)
+    with torch.no_grad():
+        for tensor in computation.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    if c.parallel == "ddp":
+        return accelerator.prepare_model(computation)
+    return _shard(computation, accelerator.device)
+
+
+def _shard(computation: Computation, device: torch.device) -> nn.Module:
+    """One unit: gathered when the losses begin, sharded again after the backward pass; between steps only shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for name, parameter in computation.trained.named_parameters():
+        if parameter.ndim == 0:
+            raise InputError(f"parallel fsdp cannot shard {name}: it is a single number; use parallel ddp")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    return fully_shard(computation, mesh=mesh, reshard_after_forward=False)
+
+
+def sharded(computation: nn.Module) -> bool:
+    return hasattr(computation, "unshard")
+
+
+@contextlib.contextmanager
+def exchanging(computation: nn.Module, now: bool) -> Iterator[None]:
+    """Around a forward and its backward pass: whether gradients are exchanged, or only added up (`now` False)."""
+    if sharded(computation):
+        computation.set_requires_gradient_sync(now)
+        yield
+    elif isinstance(computation, DistributedDataParallel) and not now:
+        with computation.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def gathered(computation: nn.Module) -> Iterator[None]:
+    """While open, the module holds whole weights in every process; all of them enter together."""
+    if not sharded(computation):
+        yield
+        return
+    computation.unshard()
+    try:
+        yield
+    finally:
+        computation.reshard()
+
+
+@torch.no_grad()
+def unwrap(computation: nn.Module) -> None:
+    """Leave the module with whole weights of its own, as it came."""
+    if not sharded(computation):
+        return
+    for part in computation.trained.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            whole = parameter.full_tensor().clone()
+            setattr(part, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
