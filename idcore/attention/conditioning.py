@@ -49,7 +49,7 @@ class Conditioning:
         self.rows_now: tuple[str, ...] = HALVES[0]
         self.backend = backend
         self.device = torch.device("cpu")
-        self._grids: dict[Any, Tensor] = {}
+        self.grids: dict[Any, Tensor] = {}  # masks per token, by identity, grid and device
         self._heard_kept: dict[Any, Tensor] = {}
         self._base: Tensor | None = None  # scales as set, float32 [sites, n]
         self._table: Tensor | None = None  # the same times the factors of the step
@@ -116,7 +116,7 @@ class Conditioning:
         with normal_mode():
             self.masks = tuple(None if m is None else m.to(self.device) for m in read)
         self.has_masks = any(m is not None for m in read)
-        self._grids = {}
+        self.grids = {}
 
     # -- what a layer asks for ------------------------------------------------------------------
 
@@ -175,6 +175,21 @@ class Conditioning:
         if self.floats is not None:
             self._scale_table(device)
         self.bank.fill(dtype, device)
+
+    def data(self, device: torch.device) -> list[Tensor]:
+        """What passes read where scales are data: the scales as set, and the schedule's timesteps and factors.
+
+        They are changed in place as long as their shapes stay, and are others afterwards.
+        """
+        tensors = [] if self.plan is None else [self.plan.steps, self.plan.table]
+        if self.floats is not None:
+            self._scale_table(device)
+            tensors.append(self._base)
+        return tensors
+
+    def constants(self) -> Any:
+        """What passes read besides and nobody writes: to be kept by who goes on reading it."""
+        return self._table, dict(self._heard_kept)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -304,9 +319,9 @@ class Conditioning:
         if torch.compiler.is_compiling():
             return _masks.to_tokens(mask.to(device), grid)
         key = (j, grid, device)
-        if key not in self._grids:
-            if len(self._grids) >= _GRIDS_KEPT:
-                self._grids.clear()
+        if key not in self.grids:
+            if len(self.grids) >= _GRIDS_KEPT:
+                self.grids.clear()
             with normal_mode():
-                self._grids[key] = _masks.to_tokens(mask.to(device), grid)
-        return self._grids[key]
+                self.grids[key] = _masks.to_tokens(mask.to(device), grid)
+        return self.grids[key]

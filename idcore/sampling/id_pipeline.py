@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..identity import Identity
 from .denoise import CallbackView, Interrupted, Job, caller, denoise
 from .loading import load_pipeline, load_single_file, load_unet_weights, place, quantize
-from .loop_graph import LoopGraphs
+from .loop_graph import LoopGraphs, Made
 from .sdxl import scheduler_by_name
 from .sdxl_job import encode_words, make_job, picture_size
 from .seat import Seat
@@ -48,6 +48,7 @@ class IDPipeline:
         vae_dtype: str = "auto",
         vae_compile: bool | str = False,
         vae_memory: float | None = None,
+        decode_in_graph: bool = False,
         backend: str | None = None,
     ) -> None:
         """
@@ -58,6 +59,7 @@ class IDPipeline:
                 "karras-sde" (PuLID v1.1's), or "own" (the pipeline's scheduler).
             runner: "eager"; or "graph": the loop as one CUDA graph (not run on a GPU yet).
             vae_dtype, vae_compile, vae_memory: dtype, compile and memory of `LatentDecoder`.
+            decode_in_graph: with runner "graph": latents are decoded in the same graph.
             backend: of `id_attention`, to insist on.
 
         Raises:
@@ -76,10 +78,13 @@ class IDPipeline:
                 f'runner="graph" records a CUDA graph and the UNet is on {pipe.unet.device}; move the pipeline to '
                 'a GPU (and do not offload it), or use runner="eager"'
             )
+        if decode_in_graph and runner != "graph":
+            raise InputError(f'decode_in_graph puts the decode into the graph of runner="graph", got runner={runner!r}')
         self._base_scheduler = scheduler_by_name(sampler, pipe.scheduler.config, pipe.scheduler)
         self.pipe, self.system, self.runner = pipe, system, runner
         self.decoder = LatentDecoder(pipe.vae, vae_dtype, compile=vae_compile, memory=vae_memory)
-        self.graphs = LoopGraphs(pipe.unet) if runner == "graph" else None
+        self.graphs = LoopGraphs(pipe.unet, self.decoder) if runner == "graph" else None
+        self.decode_in_graph = decode_in_graph
         self._seat = Seat(self, system, backend, as_data=runner == "graph")
         self._job: Job | None = None
         self._lock = threading.RLock()
@@ -103,6 +108,7 @@ class IDPipeline:
         vae_dtype: str = "auto",
         vae_compile: bool | str = False,
         vae_memory: float | None = None,
+        decode_in_graph: bool = False,
         backend: str | None = None,
         config: str | os.PathLike | None = None,
         local_files_only: bool = True,
@@ -112,7 +118,7 @@ class IDPipeline:
 
         Args:
             base: the folder, the id, or with `config` the file.
-            system, sampler, runner, vae_dtype, vae_compile, vae_memory, backend: as in the constructor.
+            system, sampler, runner, vae_dtype, vae_compile, vae_memory, decode_in_graph, backend: as in `__init__`.
             unet_weights: one file with a whole UNet in place of the base's, e.g.
                 `sdxl_lightning_4step_unet.safetensors`.
             dtype: of the weights; default as saved.
@@ -137,7 +143,7 @@ class IDPipeline:
         _arrange(pipe, unet_weights, quantize, device, offload, compile)
         return cls(
             pipe, system, sampler=sampler, runner=runner, vae_dtype=vae_dtype, vae_compile=vae_compile,
-            vae_memory=vae_memory, backend=backend,
+            vae_memory=vae_memory, decode_in_graph=decode_in_graph, backend=backend,
         )  # fmt: skip
 
     @classmethod
@@ -263,10 +269,11 @@ class IDPipeline:
             )  # fmt: skip
             try:
                 with self._seat.taken(people, id_scale, id_masks, (id_guidance_start, id_guidance_end, id_schedule)):
-                    made = self._run(job, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                    decode = self.decode_in_graph and output_type != "latent"
+                    made = self._run(job, callback_on_step_end, callback_on_step_end_tensor_inputs, decode)
             finally:
                 self._job = None
-            images = made if output_type == "latent" else self.decoder(made)
+            images = made.latents if output_type == "latent" else self._pictures(made)
             self.pipe.maybe_free_model_hooks()
         if output_type != "latent":
             images = self.pipe.image_processor.postprocess(images.float(), output_type=output_type)
@@ -287,9 +294,13 @@ class IDPipeline:
         several = embeds if isinstance(embeds, (list, tuple)) else [embeds]
         return tuple(Identity.load(e) if isinstance(e, (str, os.PathLike)) else e for e in several)
 
-    def _run(self, job: Job, callback: Callable | None, names: Sequence[str]) -> Tensor:
+    def _pictures(self, made: Made) -> Tensor:
+        done = made.pictures
+        return self.decoder(made.latents) if done is None else self.decoder.checked(done, made.latents)
+
+    def _run(self, job: Job, callback: Callable | None, names: Sequence[str], decode: bool) -> Made:
         if self.graphs is not None:
-            return self.graphs(job, self._seat.conditionings)
+            return self.graphs(job, self._seat.conditionings, decode)
         view = CallbackView(self, job)
         follow = None if callback is None else caller(callback, list(names), view, job)
         with self.pipe.progress_bar(total=len(job.scheduler.timesteps)) as bar:
@@ -300,9 +311,9 @@ class IDPipeline:
                     follow(i, t)
 
             try:
-                return denoise(self.unet, job, after_pass)
+                return Made(denoise(self.unet, job, after_pass), None)
             except Interrupted:
-                return job.latents
+                return Made(job.latents, None)
 
 
 def _arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: Any) -> None:

@@ -8,6 +8,7 @@ from tape import record
 import idcore
 from idcore.errors import InputError
 from idcore.sampling.loop_graph import LoopGraphs, record_on_cuda
+from idcore.sampling.vae import LatentDecoder
 from idcore.systems.base import AttentionOptions
 from idcore.testing.tiny_models import TinySystem, tiny_pipeline, tiny_unet
 
@@ -22,11 +23,15 @@ def two(sampler="lightning"):
     eager = idcore.IDPipeline(stock, system, sampler=sampler, backend="reference")
     other = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL))
     graph = idcore.IDPipeline(other, system, sampler=sampler, backend="reference")
-    graph.runner, graph.graphs, graph._seat.as_data = "graph", LoopGraphs(other.unet, record), True
+    graph.runner, graph.graphs, graph._seat.as_data = "graph", LoopGraphs(other.unet, graph.decoder, record), True
     recorded = []
     inner = graph.graphs._recorded
     graph.graphs._recorded = lambda *a: recorded.append(1) or inner(*a)
     return eager, graph, recorded
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def both(eager, graph, **how):
@@ -101,6 +106,110 @@ def test_what_records_anew_and_what_is_kept():
     assert not graph.graphs.kept
 
 
+def test_other_masks_of_the_same_people_are_copied():
+    eager, graph, recorded = two()
+    people = [eager.system.identity(0), eager.system.identity(1)]
+    left, right = torch.zeros(4, 4), torch.zeros(4, 4)
+    left[:, :2] = right[:, 2:] = 1
+    pictures = [
+        both(eager, graph, id_embeds=people, id_masks=masks, num_inference_steps=2, guidance_scale=1.5)
+        for masks in ([left, right], [right, left], [torch.ones(8, 6) / 2, left], "1 2", [left, right])
+    ]
+    assert len(recorded) == 1
+    assert torch.equal(pictures[0], pictures[4])
+    assert all(not torch.allclose(a, b) for i, a in enumerate(pictures[:4]) for b in pictures[:i])
+    both(eager, graph, id_embeds=people, id_masks=[left, None], num_inference_steps=2)
+    both(eager, graph, id_embeds=people, num_inference_steps=2)
+    assert len(recorded) == 3
+
+
+def test_a_recording_goes_on_after_others_of_other_shapes():
+    """Scales, factors and masks stand in tensors of other shapes then; each recording must be filled from those."""
+    eager, graph, recorded = two()
+    me, you = eager.system.identity(0), eager.system.identity(1)
+    half = torch.zeros(4, 4)
+    half[:2] = 1
+    kinds = [dict(id_embeds=me, num_inference_steps=3), dict(id_embeds=me, num_inference_steps=2, id_masks=[half]),
+             dict(id_embeds=[me, you], num_inference_steps=3)]  # fmt: skip
+    for changed in ({}, {"id_scale": 0.3}, {"id_guidance_start": 0.5}, {"id_schedule": [0.2, 2.0]}):
+        for how in kinds:
+            both(eager, graph, **how, **changed)
+    both(eager, graph, **(kinds[1] | {"id_masks": [1 - half]}), id_scale=1.5)
+    assert len(recorded) == len(kinds)
+
+
+def test_models_that_change_are_recorded_anew():
+    peft = pytest.importorskip("peft")
+    eager, graph, recorded = two()
+    me = eager.system.identity()
+
+    def draw(count):
+        latents = both(eager, graph, id_embeds=me, num_inference_steps=2)
+        assert len(recorded) == count
+        return latents
+
+    def on_both(change):
+        for pipe in (eager, graph):
+            torch.manual_seed(0)
+            change(pipe.unet)
+
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    draw(1)
+    pictures = [draw(1)]
+    changes = [
+        lambda unet: unet.conv_in.weight.mul_(1.1),
+        lambda unet: setattr(unet.conv_in, "weight", torch.nn.Parameter(unet.conv_in.weight / 1.2, False)),
+        lambda unet: unet.add_adapter(config),
+        lambda unet: unet.set_adapters("default", 0.5),
+        lambda unet: unet.fuse_lora(lora_scale=2.0),
+        lambda unet: unet.conv_in.register_forward_hook(lambda module, args, made: 0.9 * made),
+    ]
+    for i, change in enumerate(changes):
+        with torch.no_grad():
+            on_both(change)
+        pictures.append(draw(i + 2))
+        assert torch.equal(draw(i + 2), pictures[-1])
+    assert all(not torch.allclose(a, b) for a, b in zip(pictures, pictures[1:]))
+
+
+def test_the_decode_in_the_recording():
+    eager, graph, recorded = two()
+    graph.decode_in_graph = True
+    me, inside = eager.system.identity(), []
+    decode = graph.decoder.decode
+    graph.decoder.decode = lambda *a: inside.append(1) or decode(*a)
+    pairs = [
+        [
+            p(
+                "a dog",
+                id_embeds=me,
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(s),
+                output_type=kind,
+            )
+            for p in (eager, graph)
+        ]
+        for s, kind in ((0, "np"), (1, "pt"), (2, "latent"))
+    ]
+    for a, b in pairs:
+        assert abs(torch.as_tensor(a.images) - torch.as_tensor(b.images)).max() < 1e-4
+    assert len(recorded) == 2 and len(inside) == 3  # twice to warm up, once recorded; latents alone need none
+
+
+def test_an_overflow_of_the_recorded_decode_is_noticed():
+    eager, graph, recorded = two()
+    graph.decode_in_graph = True
+    for pipe in (eager, graph):
+        pipe.pipe.vae.decoder.up_blocks[0].resnets[0].conv2.weight.mul_(2e5)
+    graph.decoder = graph.graphs.decoder = LatentDecoder(graph.pipe.vae, "float16")
+    how = dict(id_embeds=eager.system.identity(), num_inference_steps=2, output_type="np")
+    a = eager("a dog", generator=torch.Generator().manual_seed(0), **how).images
+    with pytest.warns(UserWarning, match="overflowed in float16; its residual path carries 0.03125"):
+        b = graph("a dog", generator=torch.Generator().manual_seed(0), **how).images
+    c = graph("a dog", generator=torch.Generator().manual_seed(0), **how).images
+    assert abs(a - b).max() < 0.02 and abs(a - c).max() < 0.02 and len(recorded) == 2
+
+
 def test_without_identities_and_with_one_that_has_no_uncond():
     eager, graph, recorded = two()
     plain = both(eager, graph, guidance_scale=1.5)
@@ -121,6 +230,8 @@ def test_identities_attached_from_outside_are_refused():
 
 def test_no_callbacks_and_no_gpu():
     _, graph, _ = two()
+    with pytest.raises(InputError, match='decode_in_graph puts the decode into the graph of runner="graph", got'):
+        idcore.IDPipeline(graph.pipe, decode_in_graph=True)
     with pytest.raises(InputError, match="no callback between them"):
         graph("a dog", callback_on_step_end=lambda *a: {})
     if not torch.cuda.is_available():
