@@ -23,7 +23,7 @@ from ..errors import IdcoreError, InputError
 from . import resuming, sharing, state
 from .config import LoopConfig, as_dict
 from .contract import Batch, Source, Step, Task
-from .optimise import Average, learning_rate, make_optimiser
+from .optimise import Average, learning_rate, make_optimiser, set_rate
 from .processes import (
     StopSignals,
     TrainingStopped,
@@ -181,8 +181,7 @@ class Run:
     def _one_step(self) -> None:
         c, start = self.config, time.perf_counter()
         rate = learning_rate(self.step, c)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimiser, rate)
         step = Step(c.seed, self.step, c.steps, self.rank, self.world)
         batches = self._batches()
         self.optimiser.zero_grad(set_to_none=True)

@@ -46,6 +46,14 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao keeps it so
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class Average:
     """An exponential moving average of a module's parameters, in shards where the parameters are.
 

@@ -47,8 +47,6 @@ def make_accelerator(c: LoopConfig, out: Any) -> Any:
     on_cpu = device_of(c).type == "cpu"
     if c.precision == "fp16" and on_cpu:
         raise InputError("settings: precision fp16 needs a GPU; on the CPU choose bf16 or no")
-    if c.precision == "fp16" and c.parallel == "fsdp":
-        raise InputError("settings: precision fp16 does not go with parallel fsdp; choose bf16")
     check_trackers(c.trackers)
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     return Accelerator(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..files import require_keys
-from .optimise import Average, local
+from .optimise import Average, local, set_rate
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -137,17 +137,14 @@ def _taken(values: Mapping[str, Any], key: str, name: str, what: str) -> Any:
 
 
 def _prime(optimiser: torch.optim.Optimizer) -> None:
-    """Make the optimiser allocate its state, by a step of rate 0 along no gradient."""
-    rates = [group["lr"] for group in optimiser.param_groups]
+    """Make the optimiser allocate its state, by a step of rate 0 along no gradient (the loop sets
+    the rate anew before each step)."""
     weights = [(p, local(p).clone()) for group in optimiser.param_groups for p in group["params"]]
-    for group in optimiser.param_groups:
-        group["lr"] = 0.0
+    set_rate(optimiser, 0.0)
     for parameter, _ in weights:
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    for group, rate in zip(optimiser.param_groups, rates):
-        group["lr"] = rate
     for parameter, kept in weights:
         local(parameter).copy_(kept)  # even a zero keeps its sign
 

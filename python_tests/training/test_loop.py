@@ -52,12 +52,17 @@ def test_the_loss_falls_and_everything_is_written(tmp_path):
     assert not torch.equal(task.module["b"].weight, average["b.weight"])  # the weights themselves are back
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
-def test_resuming_equals_not_having_stopped_bit_for_bit(tmp_path, optimiser):
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "bitsandbytes", "torchao"])
+def test_resuming_equals_not_having_stopped_bit_for_bit(tmp_path, optimiser, monkeypatch):
+    if optimiser in ("bitsandbytes", "torchao"):
+        pytest.importorskip(optimiser)
+        other = {"bitsandbytes": "torchao", "torchao": "bitsandbytes"}[optimiser]
+        monkeypatch.setitem(sys.modules, f"{other}.optim", None)
+        optimiser = "adamw8bit"
     c = {"optimiser": optimiser, "schedule": "cosine", "warmup": 3, "accumulate": 2, "validate_every": 5}
-    train(Denoise(0, 0.1), Rows(), config(**c), tmp_path / "whole")
+    train(Denoise(0, 0.1, width=600), Rows(), config(**c), tmp_path / "whole")
     for seed, stop in ((0, 5), (1, 7), (2, 0)):
-        train(Denoise(seed, 0.1), Rows(), config(**c, stop_at=stop), tmp_path / "parts", resume=stop != 5)
+        train(Denoise(seed, 0.1, width=600), Rows(), config(**c, stop_at=stop), tmp_path / "parts", resume=stop != 5)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     whole, parts = (checkpoint.newest(tmp_path / n / "checkpoints") for n in ("whole", "parts"))
     same(state_files(whole.folder), state_files(parts.folder))
@@ -145,6 +150,11 @@ def test_what_a_run_may_not_be_resumed_with(tmp_path):
             "needs bitsandbytes or torchao, and neither is installed: pip",
         ),
         ({"warmup": 12}, "warmup must be below steps"),
+        (
+            {"precision": "fp16", "parallel": "fsdp"},
+            "precision fp16 does not go with parallel fsdp; choose bf16",
+        ),
+        ({"optimiser": "adamw8bit", "parallel": "fsdp"}, "adamw8bit does not go with parallel fsdp; choose adamw"),
     ],
 )
 def test_settings_that_cannot_be_served_here_are_refused(tmp_path, changes, words, monkeypatch):
