@@ -20,6 +20,7 @@ from .gpu import main as gpu
 # Benchmarks of whole models: they need diffusers, which the others do not.
 MODELS = {
     "e2e": "one pass of a whole UNet, with and without identity",
+    "stages": "a cross-attention layer whose text changes by stage, against plain text",
     "vae": "the decode of latents at full size, diffusers' against ours",
     "latency": "whole pictures by part and batch size, and a photo's enrolment",
     "serving": "requests of different people at once, one by one against batches",
