@@ -151,11 +151,18 @@ def _normal_stage(stage: Tensor, q: Tensor, stages: int) -> Tensor:
         raise InputError(f"id_attention: stage must hold 1 or B = {q.shape[0]} numbers, got {stage.numel()}")
     if stage.device != q.device:
         raise InputError(f"id_attention: stage is on {stage.device}, q on {q.device}; move it with .to(q.device)")
-    if stage.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(stage.min()), int(stage.max())
-        if low < 0 or high >= stages:
-            raise InputError(f"id_attention: stage must be 0 to {stages - 1} for this bank, got {low} to {high}")
+    check_stage_range(stage, stages)
     return stage.reshape(-1).to(torch.int32)
+
+
+def check_stage_range(stage: Tensor, stages: int) -> None:
+    """Raise InputError where the CPU can see an index outside of the bank."""
+    if stage.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = stage.numpy()  # no operation is dispatched
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= stages:
+        raise InputError(f"id_attention: stage must be 0 to {stages - 1} for this bank, got {low} to {high}")
 
 
 def _check_text(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -163,5 +163,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=some_of(dtypes), default=("fp32", "bf16"), help=f"some of {', '.join(dtypes)}")
     parser.add_argument("--stages", type=int, choices=range(1, 11), default=5, help="1 to 10")
     parser.add_argument("--batch", type=int, default=2, help="2: both halves of guidance")
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each variant")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each variant")
     parser.add_argument("--threads-list", type=numbers, default=None, help="torch threads, such as 1,2: a row each")

@@ -71,6 +71,34 @@ def test_a_known_call_with_a_wrong_number_is_still_refused(wrong, message):
         id_attention(*tensors, **{**rest, **wrong})
 
 
+def staged(stages=3, batch=2):
+    tensors, rest = options(BASE.with_(merge="none", num_zero=0, batch=batch))
+    q, k, v, *others = tensors
+    bank = [torch.stack([t * (i + 1) for i in range(stages)]) for t in (k, v)]
+    return [q, *bank, *others], {**rest, "stage": torch.tensor([1], dtype=torch.int32)}
+
+
+def test_a_stage_is_known_by_its_form_and_its_value_looked_at_each_time():
+    tensors, rest = staged()
+    outs = [id_attention(*tensors, **rest | {"stage": torch.tensor([i], dtype=torch.int32)}) for i in (0, 1, 2, 1)]
+    assert len(known_calls._known) == 1
+    plain = options(BASE)[1] | {k: v for k, v in rest.items() if k != "stage"}
+    for i, out in zip((0, 1, 2, 1), outs):
+        one = id_attention(tensors[0], tensors[1][i], tensors[2][i], *tensors[3:], **plain)
+        assert torch.allclose(out, one, atol=1e-6)
+    with pytest.raises(InputError, match="stage must be 0 to 2 for this bank, got 3 to 3"):
+        id_attention(*tensors, **rest | {"stage": torch.tensor([3], dtype=torch.int32)})
+    with pytest.raises(InputError, match="must hold 1 or B = 2 numbers, got 3"):
+        id_attention(*tensors, **rest | {"stage": torch.zeros(3, dtype=torch.int32)})
+    with pytest.raises(InputError, match=r"k_text must be"):
+        id_attention(*tensors, **rest | {"stage": None})
+    more, rest4 = staged(stages=4)
+    a, call = known_calls.checked(*more, **rest4)
+    assert call == facts(normalize(*more, **rest4)) and call.stages == 4 and torch.equal(a.stage, rest4["stage"])
+    a, _ = known_calls.checked(*more, **rest4)
+    assert a.stage is rest4["stage"]
+
+
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(known_calls, "MOST", 3)
     for lq in range(1, 9):
