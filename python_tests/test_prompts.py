@@ -23,6 +23,16 @@ def test_the_papers_sets_have_the_papers_sizes():
     assert all(p.startswith("portrait") for p in (*prompts.load("pulid-evaluation"), *prompts.load("pulid-alignment")))
 
 
+def test_the_sets_of_the_word_systems_name_a_person_by_placeholder():
+    for name, who in (("dreamidentity-edits", "S*"), ("sefi-ide-edits", "V*"), ("sefi-ide-training", "V*")):
+        assert all(who in p for p in prompts.load(name)) and all("A*" in p for p in prompts.load(name, person="A*"))
+    edits = prompts.load("dreamidentity-edits")
+    assert edits.texts[:2] == ("S* as nurse", "Watercolor style, S* face") and len(edits.where(kind="scene")) == 4
+    kinds = {labels["kind"] for labels in prompts.load("sefi-ide-edits").labels}
+    assert kinds == {"scene", "action", "expression", "attribute"}
+    assert all(len(n.split()) == 2 for n in prompts.load("dreamidentity-names"))
+
+
 def test_the_gate_reads_its_prompts_from_the_set():
     tiny = prompts.load("tiny")
     assert gate.PROMPTS == tuple((t, labels["background"]) for t, labels in zip(tiny, tiny.labels))
