@@ -71,6 +71,11 @@ class IDPipeline:
                     f"IDPipeline: wanted a StableDiffusionXLPipeline, got {type(pipe).__name__} without {name}; put "
                     "identities on other pipelines with idcore.attach"
                 )
+        if hasattr(system, "put_on"):
+            raise InputError(
+                f"IDPipeline: {system.name} acts through the prompt; make the pipeline without it, and put the person "
+                "on with idcore.attach(pipeline, system, identity)"
+            )
         if runner not in RUNNERS:
             raise InputError(f"runner must be one of {', '.join(RUNNERS)}, got {runner!r}")
         if runner == "graph" and pipe.unet.device.type != "cuda":

@@ -26,6 +26,11 @@ def _layers(sites: Sequence[Site]) -> tuple[tuple[int, int, int], ...]:
 def stored_bank(system: Any, person: Identity, pipe_or_unet: Any, dtype: torch.dtype) -> StoredBank:
     """The bank that `Identity.with_bank` adds. Arguments and errors as there."""
     person.require_system(system.name)
+    if hasattr(system, "put_on"):
+        raise InputError(
+            f"with_bank: {system.name} acts through the prompt and has no keys and values of its own; attach its "
+            "identity without a bank, it needs no adapter's weights"
+        )
     if dtype not in DTYPES:
         raise InputError(f"with_bank: dtype must be float16, bfloat16 or float32, got {dtype}")
     unet = unwrap(getattr(pipe_or_unet, "unet", pipe_or_unet))

@@ -257,6 +257,10 @@ def test_errors_say_what_to_do(tmp_path):
         idcore.attach(tiny_unet(), WordSystem(), me)
     with pytest.raises(InputError, match="does not take id_mask, cfg, merge; it takes id_scale, placeholder"):
         idcore.attach(pipe, None, me, id_mask="left", cfg=True, merge="add")
+    with pytest.raises(InputError, match="acts through the prompt; make the pipeline without it"):
+        idcore.IDPipeline(tiny_pipeline("sdxl"), WordSystem())
+    with pytest.raises(InputError, match="acts through the prompt and has no keys and values"):
+        me.with_bank(WordSystem(), pipe)
     with pytest.raises(InputError, match="act or do not: 1, or 0"):
         idcore.attach(pipe, None, me, id_scale=0.5)
     with pytest.raises(InputError, match="need different ones"):
