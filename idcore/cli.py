@@ -117,6 +117,31 @@ def generate(
 
 
 @app.command()
+def ui(
+    base: Annotated[str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with SDXL.')] = "tiny",
+    system: Annotated[str, typer.Option(help='"auto": what --weights holds; its name; or a fetched recipe.')] = "auto",
+    weights: Weights = None,
+    vision: Vision = None,
+    parsing: Parsing = None,
+    retinaface: Retina = None,
+    unet: Annotated[Path | None, typer.Option(help="A whole UNet for --base, such as SDXL-Lightning's.")] = None,
+    preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
+    faces: Faces = "embedded",
+    device: Annotated[str | None, typer.Option(help="Default: CUDA where it is usable (SDXL).")] = None,
+    host: Annotated[str, typer.Option(help="Address; there is no authentication.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """An app in the browser: photos, prompt, pictures with their similarity. Nothing leaves this machine."""
+    from .ui.page import run_ui
+
+    run_ui(
+        host=host, port=port, open_browser=open_browser, base=base, system=system, weights=weights, vision=vision,
+        parsing=parsing, retinaface=retinaface, unet=unet, preset=preset, faces=faces, device=device,
+    )  # fmt: skip
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Weights of PuLID, FaceID, InstantID, EVA-CLIP or BiSeNet.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
