@@ -143,19 +143,20 @@ def ui(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Weights of PuLID, FaceID, InstantID, EVA-CLIP or BiSeNet.")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    source: Annotated[Path, typer.Argument(help="PuLID, FaceID, InstantID, EVA-CLIP, BiSeNet; or a LoRA.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write; for peft a folder.")],
     layout: Annotated[
-        str, typer.Option(help='"pulid" (published) or "community" (image_proj.*, ip_adapter.*).')
-    ] = "pulid",
+        str | None, typer.Option(help='PuLID: "pulid" or "community". LoRA: "kohya", "diffusers" or "peft".')
+    ] = None,
     unpickle: Annotated[
         bool, typer.Option(help="Allow reading a pickle (weights_only; no code of the file runs).")
     ] = False,
+    family: Annotated[str, typer.Option(help="LoRA to kohya, where it cannot be told: sd15, sd21 or sdxl.")] = "",
 ) -> None:
-    """Published weights to safetensors, and PuLID's from one key layout to another."""
+    """Published weights to safetensors, and PuLID's and LoRA from one key layout to another."""
     from .workflows import convert_weights
 
-    typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle), err=True)
+    typer.echo(convert_weights(source, out, layout=layout, unpickle=unpickle, family=family), err=True)
 
 
 @app.command()

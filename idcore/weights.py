@@ -33,6 +33,7 @@ from idcore.files import (
     sniff,
     write_safetensors,
 )
+from idcore.lora_files import layout_of
 
 __all__ = [
     "PULID_LAYOUTS",
@@ -54,7 +55,7 @@ PULID_LAYOUTS = ("pulid", "community")
 _SITE = re.compile(r"^id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight$")
 _SITE_IP = re.compile(r"^ip_adapter\.(\d+)\.to_([kv])_ip\.weight$")
 _BLOCK_ROPE = re.compile(r"^visual\.blocks\.\d+\.attn\.rope\.")
-_ONE_LAYOUT = ("ip_adapter", "eva_clip", "bisenet", "retinaface")
+_ONE_LAYOUT = ("lora", "ip_adapter", "eva_clip", "bisenet", "retinaface")
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 
 
@@ -63,8 +64,9 @@ class WeightsInfo:
     """What a weights file holds, read from its header alone.
 
     ``layout`` is "pulid", "community", "pulid_flux", "ip_adapter", "eva_clip", "bisenet", "retinaface",
-    "identity" or "unknown";
-    ``version`` is "v1" or "v1.1" for PuLID, the kind of `idcore.adapter_files` for IP-Adapters, else "".
+    "lora", "identity" or "unknown";
+    ``version`` is "v1" or "v1.1" for PuLID, the kind of `idcore.adapter_files` for IP-Adapters,
+    "kohya", "diffusers" or "peft" for LoRA, else "".
     ``dtypes`` counts tensors per dtype name.
     """
 
@@ -98,6 +100,8 @@ def detect(keys: Iterable[str]) -> tuple[str, str]:
         return "pulid", version("id_adapter")
     if adapter_kind(keys):
         return "ip_adapter", adapter_kind(keys)
+    if layout_of(keys):
+        return "lora", layout_of(keys)
     if any(_SITE_IP.match(k) for k in keys):
         return "community", version("image_proj")
     if any(k.endswith("blocks.0.attn.inner_attn_ln.weight") for k in keys):

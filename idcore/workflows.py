@@ -116,11 +116,31 @@ def analyzer(faces: str) -> Any:
     return None if faces == "embedded" else analyzer_from(faces)
 
 
-def convert_weights(source: Path, out: Path, *, layout: str = "pulid", unpickle: bool = False) -> str:
-    """Write published weights as safetensors, PuLID's in either layout; returns a line that says what was written."""
-    from .weights import convert
+def convert_weights(
+    source: Path, out: Path, *, layout: str | None = None, unpickle: bool = False, family: str = ""
+) -> str:
+    """Write published weights as safetensors, PuLID's and LoRA in the layout asked for; returns a line that says what
+    was written.
 
-    return f"{out}: {convert(source, out, layout=layout, unpickle=unpickle)}"
+    Args:
+        source: a file; or a folder of peft.
+        layout: PuLID: "pulid" (default) or "community". LoRA: "kohya", "diffusers" or "peft" (a folder); default
+            "diffusers" for kohya's, else "kohya".
+        unpickle: see `idcore.weights.convert`.
+        family: LoRA to kohya: "sd15", "sd21" or "sdxl", where it cannot be told.
+    """
+    from .lora_files import LAYOUTS, read_lora, write_lora
+    from .weights import convert, describe
+
+    if source.is_dir() or describe(source).layout == "lora":
+        lora = read_lora(source)
+        layout = layout or ("diffusers" if lora.layout == "kohya" else "kohya")
+        if layout not in LAYOUTS:
+            raise InputError(f"convert: {source} is a LoRA; layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        return f"{write_lora(lora, out, layout, family=family)}: {lora}, written in the layout of {layout}"
+    if layout in LAYOUTS or family:
+        raise InputError(f"convert: {source} is no LoRA; layout {layout!r} and family are of LoRA files")
+    return f"{out}: {convert(source, out, layout=layout or 'pulid', unpickle=unpickle)}"
 
 
 def fetch_weights(

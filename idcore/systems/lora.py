@@ -1,16 +1,20 @@
-"""LoRA parts of adapter files on a UNet, through peft, beside whatever LoRA is there already."""
+"""LoRA files and LoRA parts of adapters on a pipeline, through peft, beside whatever LoRA is there already."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from idcore.adapter_files import LORA
 from idcore.attention.sites import unwrap
-from idcore.errors import InputError, MissingDependencyError
+from idcore.errors import InputError, MissingDependencyError, WeightsError
+from idcore.files import first_few
+from idcore.lora_files import COMPONENTS, Lora, read_lora, to_state
 
 _PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
@@ -48,40 +52,118 @@ def _weight(module: nn.Module) -> Tensor:
 
 def add_lora(pipe_or_unet: Any, tensors: Mapping[str, Tensor], scale: float, name: str) -> LoraHandle:
     """Put LoRA tensors with the keys of `idcore.adapter_files` on a UNet; see `FaceID.lora`."""
-    try:
-        from peft import PeftModel  # noqa: F401
-    except ImportError as e:
-        raise MissingDependencyError("the LoRA part needs peft: pip install 'idcore[train]' or pip install peft") from e
+    _require_peft()
     target = unwrap(pipe_or_unet)
     unet = target if isinstance(target, nn.Module) else unwrap(getattr(target, "unet", None))
     if not isinstance(unet, nn.Module) or not hasattr(unet, "attn_processors"):
         raise InputError(f"LoRA part: wanted a pipeline with a unet, or the UNet, got {type(target).__name__}")
-    if name in getattr(unet, "peft_config", {}):
-        raise InputError(f"LoRA part: the UNet has an adapter {name!r} already; remove it, or give another name")
+    _require_free(name, [unet])
     state = peft_state(tensors, unet)
-    active = {n: list(m.active_adapters) for n, m in unet.named_modules() if _is_tuner(m)}
-    learned = {id(p) for p in unet.parameters() if p.requires_grad}
-    unet.load_lora_adapter(state, prefix=None, adapter_name=name)
-    for path, module in unet.named_modules():
-        if _is_tuner(module):  # loading switches the other adapters off
-            mine = [name] if name in module.lora_A else []
-            module.set_adapter([*active.get(path, []), *mine])
-    for p in unet.parameters():  # set_adapter makes adapters trainable
-        p.requires_grad_(id(p) in learned)
-    handle = LoraHandle(unet, name)
+    with _others_kept([unet], name):
+        unet.load_lora_adapter(state, prefix=None, adapter_name=name)
+    handle = LoraHandle([unet], name, lambda: unet.delete_adapters(name))
     handle.scale(scale)
     return handle
+
+
+def load_lora(
+    pipe: Any, source: str | os.PathLike | Mapping[str, Tensor] | Lora, *, scale: float = 1.0, name: str = "lora"
+) -> LoraHandle:
+    """Put a LoRA file on a pipeline's UNet and text encoders; other LoRA that is there stays active.
+
+    Args:
+        pipe: diffusers' pipeline of Stable Diffusion 1.5, 2.1 or SDXL, or an `IDPipeline`.
+        source: a file or folder in any layout of `idcore.lora_files`, or what `read_lora` gave.
+        scale: strength, beside the file's own alpha / rank.
+        name: of the adapter in peft.
+
+    Raises:
+        InputError: no such pipeline, the name is taken, or a strength that is no finite number.
+        WeightsError: see `read_lora`; or the LoRA is of another model.
+        MissingDependencyError: peft is not installed.
+    """
+    _require_peft()
+    _finite(scale)
+    pipe = getattr(pipe, "pipe", pipe)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"LoRA: wanted a pipeline of diffusers or an IDPipeline, got {type(pipe).__name__}")
+    lora = source if isinstance(source, Lora) else read_lora(source)
+    models = {c: getattr(pipe, c, None) for c in COMPONENTS}
+    _require_fit(lora, models)
+    touched = [m for c, m in models.items() if any(k[0] == c for k in lora.layers)]
+    _require_free(name, touched)
+    with _others_kept(touched, name):
+        pipe.load_lora_weights(to_state(lora, "diffusers"), adapter_name=name)
+    handle = LoraHandle(touched, name, lambda: pipe.delete_adapters(name))
+    handle.scale(scale)
+    return handle
+
+
+def _require_fit(lora: Lora, models: Mapping[str, nn.Module | None]) -> None:
+    """Every layer has a module here, of its size; else one error with the first few."""
+    wrong = []
+    for (component, path), layer in lora.layers.items():
+        model = models[component]
+        try:
+            module = model.get_submodule(path if hasattr(model, "text_model") else path.removeprefix("text_model."))
+            weight = tuple(_weight(module).shape)
+        except AttributeError:
+            wrong.append(f"there is no {component}" if model is None else f"{component} has no layer {path}")
+            continue
+        made = (layer.up.shape[0], *layer.down.shape[1:])
+        if made[:2] != weight[:2]:
+            wrong.append(f"{component}.{path} is {list(weight)}, the LoRA's change {list(made)}")
+    if wrong:
+        raise WeightsError(
+            f"LoRA: {len(wrong)} of {len(lora.layers)} layers do not fit this pipeline: {first_few(wrong, 2)}; use the "
+            "base model that it was made for (SD 1.5, 2.1 and SDXL differ)"
+        )
+
+
+def _require_peft() -> None:
+    try:
+        from peft import PeftModel  # noqa: F401
+    except ImportError as e:
+        raise MissingDependencyError("LoRA needs peft: pip install 'idcore[train]' or pip install peft") from e
+
+
+def _require_free(name: str, models: Sequence[nn.Module]) -> None:
+    if any(name in getattr(m, "peft_config", {}) for m in models):
+        raise InputError(f"LoRA: the model has an adapter {name!r} already; remove it, or give another name")
+
+
+@contextlib.contextmanager
+def _others_kept(models: Sequence[nn.Module], name: str) -> Iterator[None]:
+    """Loading switches other adapters off and makes all trainable: put both back as they were."""
+    before = []
+    for m in models:
+        active = {path: list(t.active_adapters) for path, t in m.named_modules() if _is_tuner(t)}
+        before.append((active, {id(p) for p in m.parameters() if p.requires_grad}))
+    yield
+    for model, (active, learned) in zip(models, before):
+        for path, module in model.named_modules():
+            if _is_tuner(module):
+                mine = [name] if name in module.lora_A else []
+                module.set_adapter([*active.get(path, []), *mine])
+        for p in model.parameters():
+            p.requires_grad_(id(p) in learned)
 
 
 def _is_tuner(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "active_adapters")
 
 
-class LoraHandle:
-    """A LoRA on a UNet: change its strength, take it off. Also a context manager that takes it off."""
+def _finite(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise InputError(f"LoRA: scale must be a finite number, got {scale!r}")
+    return float(scale)
 
-    def __init__(self, unet: nn.Module, name: str) -> None:
-        self._unet, self.name = unet, name
+
+class LoraHandle:
+    """A LoRA on models: change its strength, take it off. Also a context manager that takes it off."""
+
+    def __init__(self, models: Sequence[nn.Module], name: str, delete: Callable[[], None]) -> None:
+        self._models, self.name, self._delete = list(models), name, delete
 
     def __enter__(self) -> LoraHandle:
         return self
@@ -91,13 +173,12 @@ class LoraHandle:
 
     def scale(self, scale: float) -> None:
         """Set the strength; raises InputError unless it is a finite number."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise InputError(f"LoRA: scale must be a finite number, got {scale!r}")
-        for module in self._unet.modules():
+        scale = _finite(scale)
+        for module in (t for m in self._models for t in m.modules()):
             if _is_tuner(module) and self.name in module.lora_A:
-                module.set_scale(self.name, float(scale))
+                module.set_scale(self.name, scale)
 
     def remove(self) -> None:
-        """Take it off; the UNet computes to the bit what it did before. May be called again."""
-        if self.name in getattr(self._unet, "peft_config", {}):
-            self._unet.delete_adapters(self.name)
+        """Take it off; the models compute to the bit what they did before. May be called again."""
+        if any(self.name in getattr(m, "peft_config", {}) for m in self._models):
+            self._delete()
