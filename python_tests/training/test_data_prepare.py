@@ -31,6 +31,7 @@ def run(data, out, faces=None, workers=1, **options):
 def content(out):
     """Every file of a prepared folder but where the data was."""
     files = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    del files[".lock"]
     manifest = json.loads(files.pop("manifest.json"))
     return files, {k: v for k, v in manifest.items() if k != "data"}
 
@@ -146,8 +147,7 @@ def test_killed_anywhere_it_goes_on(tmp_path):
             part.write_bytes(b"half")
             with pytest.raises(InputError, match="was not prepared to the end; run the same `idcore prepare` again"):
                 PreparedSource(out)
-    part.unlink()
-    assert content(out) == content(tmp_path / "whole")
+    assert not part.exists() and content(out) == content(tmp_path / "whole")
     assert len(made) <= len(set(made)) + 1  # the chunk under the knife alone may be begun twice
 
 
@@ -182,6 +182,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
     (tmp_path / "other" / "thesis.doc").write_text("")
     with pytest.raises(InputError, match="holds other things and no settings.json; choose an empty folder"):
         run(data, tmp_path / "other")
+
+
+def test_two_at_once_are_refused(tmp_path):
+    data, out = folder(tmp_path / "data", 2), tmp_path / "out"
+    run(data, out)
+    with module.alone(out):
+        with pytest.raises(InputError, match="another idcore prepare is writing into .*; wait for it"):
+            run(data, out)
+    run(data, out)
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -51,11 +51,19 @@ def cache_latents(folder: str | Path, base: Base, *, batch: int = 4, progress: b
     Raises:
         InputError: latents of another base stand there. IdcoreError: the folder cannot be written, or NaN.
     """
+    from .prepare import alone
+    from .source import read_manifest
+
+    read_manifest(Path(folder))  # before anything is written
+    with alone(Path(folder)):
+        return _cache(Path(folder), base, batch, progress)
+
+
+def _cache(folder: Path, base: Base, batch: int, progress: bool) -> int:
     from tqdm import tqdm
 
     from .source import read_index, read_manifest
 
-    folder = Path(folder)
     manifest = read_manifest(folder)
     records = read_index(folder, manifest)
     said = _claim(folder, base, records)

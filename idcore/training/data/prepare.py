@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ...errors import IdcoreError, InputError
@@ -33,6 +36,7 @@ from .reading import Entry, root_of, scan
 from .report import Report, without_duplicates
 
 VERSION = 1
+FOLDERS = ("chunks", "faces", "latents")
 
 
 def prepare(
@@ -67,11 +71,36 @@ def prepare(
     settings = {**as_dict(config), **{f"faces {k}": v for k, v in faces.fingerprint().items()}, "version": VERSION}
     out = Path(out)
     _claim(out, settings)
-    chunks = {_name(settings, part): part for part in _chunks(entries, config.chunk)}
-    missing = {name: part for name, part in chunks.items() if not _stands(out, name)}
-    _examine(missing, out, root, config, faces, workers, progress, len(entries))
-    reused = len(entries) - sum(map(len, missing.values()))
-    return _finish(out, root, settings, list(chunks), len(entries), config, reused)
+    with alone(out):
+        chunks = {_name(settings, part): part for part in _chunks(entries, config.chunk)}
+        missing = {name: part for name, part in chunks.items() if not _stands(out, name)}
+        _examine(missing, out, root, config, faces, workers, progress, len(entries))
+        reused = len(entries) - sum(map(len, missing.values()))
+        return _finish(out, root, settings, list(chunks), len(entries), config, reused)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else writes into a prepared folder meanwhile; what a killed run left half written is removed."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: two at once are the caller's to avoid there
+        yield
+        return
+    try:
+        lock = open(out / ".lock", "a")
+    except OSError as e:
+        raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InputError(
+                f"another idcore prepare is writing into {out}; wait for it, or choose another --out"
+            ) from e
+        for half in (p for folder in (out, *(out / name for name in FOLDERS)) for p in folder.glob(".*.part")):
+            half.unlink(missing_ok=True)
+        yield
 
 
 def _dry(entries: list[Entry], root: Path, config: PrepareConfig, faces: FaceSetup, progress: bool) -> Report:
@@ -101,7 +130,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(p for p in out.iterdir() if not p.name.startswith(".")):
             raise InputError(f"{out} holds other things and no settings.json; choose an empty folder for --out")
-        for name in ("chunks", "faces"):
+        for name in FOLDERS[:2]:
             (out / name).mkdir(exist_ok=True)
     except OSError as e:
         raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
@@ -147,10 +176,18 @@ def _stands(out: Path, name: str) -> bool:
 _examiner: Examiner | None = None
 
 
+def _end_with_parent() -> None:
+    """Workers of a killed run would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
 def _start(root: Path, config: PrepareConfig, faces: FaceSetup) -> None:
     """Of a worker process."""
     global _examiner
     import torch
+
+    Thread(target=_end_with_parent, daemon=True).start()
 
     torch.set_num_threads(1)
     _examiner = Examiner(root, config, *faces.build())
