@@ -126,7 +126,8 @@ def test_every_kind_of_picture(tmp_path):
     assert sizes["turned.jpg"] == [96, 160]
     assert dropped["deep.png"][0] == "no face"  # grey: read, and there is no red in it
     for name, text in {
-        "bomb.png": "more pixels than PIL decodes", "large.png": "= 121,000,000 pixels", "cut.png": "damaged or cut off",
+        "bomb.png": "more pixels than PIL decodes", "large.png": "= 121,000,000 pixels",
+        "cut.png": "damaged or cut off",
         "empty.png": "is an empty file", "text.jpg": "not a picture that is known here",
     }.items():  # fmt: skip
         reason, detail = dropped[name]
