@@ -105,16 +105,18 @@ def _layer(hidden: int, heads: int, dtype: torch.dtype) -> nn.Module:
     return made.to(dtype).eval().requires_grad_(False)
 
 
-def forth_and_back(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
+def forth_and_back(
+    calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median milliseconds of each call; every second turn runs them in the other order, so that none always follows the
     same one."""
     samples: dict[str, list[float]] = {n: [] for n in calls}
     for turn in range(warmup + rounds):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             if turn >= warmup:
-                samples[name].append(1e3 * (time.perf_counter() - start))
+                samples[name].append(1e3 * (clock() - start))
     return {n: statistics.median(s) for n, s in samples.items()}
 
 
@@ -128,7 +130,8 @@ def _row(what: str, case: str, dtype: str, layers: Layers, options: argparse.Nam
     if not row["parity"]:
         return row | {"error": error, "limit": limit}
     calls = layers.calls() if what == "layer" else layers.op_calls()
-    ms = forth_and_back(calls, options.rounds)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    ms = forth_and_back(calls, options.rounds, clock=clock)
     row["ms"] = {n: round(t, 4) for n, t in ms.items()}
     row["over_text"] = round(ms["ours"] / ms["own_text_only"] - 1, 4)
     row["stock_over_ours"] = round(ms["stock"] / ms["ours"], 2)
@@ -163,5 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=some_of(dtypes), default=("fp32", "bf16"), help=f"some of {', '.join(dtypes)}")
     parser.add_argument("--stages", type=int, choices=range(1, 11), default=5, help="1 to 10")
     parser.add_argument("--batch", type=int, default=2, help="2: both halves of guidance")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: the process's CPU time, for a machine that others use too; needs --threads 1",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="turns of each variant")
     parser.add_argument("--threads-list", type=numbers, default=None, help="torch threads, such as 1,2: a row each")
