@@ -175,16 +175,21 @@ def fetch_weights(
     return [str(hub.fetch(name, **options)) for name in names]
 
 
-def train_tiny_model(out: Path, *, resume: bool = False, **settings: Any) -> Path:
-    """Train the embedded model and export it to `out/model`; `settings` as in `training.tiny.loop.TrainConfig`."""
-    from .training.tiny.export import export
-    from .training.tiny.loop import TrainConfig, train_tiny
+def train_tiny_model(
+    out: Path, *, resume: bool = False, iterations: int, batch: int, workers: int, recogniser_from: int, shards: int,
+    seed: int,
+) -> Path:  # fmt: skip
+    """Train the embedded model and export it to `out/model`; see `training.tiny.run.TrainConfig`."""
+    from dataclasses import replace
+
+    from .training.tiny.run import TrainConfig, train_tiny
 
     writable_folder(out)
-    if not resume and (out / "checkpoint").exists():
-        raise InputError(f"{out} holds a checkpoint already; add --resume to go on with it, or choose another --out")
-    train_tiny(TrainConfig(out=str(out), **settings), resume=resume)
-    return export(out, out / "model")
+    config = TrainConfig(workers=workers, recogniser_from=recogniser_from, shards=shards)
+    warmup = min(config.loop.warmup, iterations)
+    loop = replace(config.loop, steps=iterations, batch=batch, seed=seed, warmup=warmup)
+    # a run that is done may go on with more iterations
+    return train_tiny(replace(config, loop=loop), out, resume=resume, allow_change=("steps", "warmup"))
 
 
 def writable_folder(folder: Path) -> Path:

@@ -178,7 +178,7 @@ def test_train_tiny_resumes_and_its_model_generates(tmp_path, photo):
     status, _, error = run(*args, "--iterations", 1)
     assert status == 0, error
     status, _, error = run(*args, "--iterations", 1)
-    assert status == 1 and "holds a checkpoint already; add --resume" in error
+    assert status == 1 and "holds a run already (step-00000001); add --resume" in error
     status, _, error = run(*args, "--iterations", 2, "--resume")
     assert status == 0, error
     base = tmp_path / "run" / "model"

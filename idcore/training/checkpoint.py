@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import files
-from ..errors import IdcoreError, WeightsError
+from ..errors import IdcoreError, InputError, WeightsError
 
 FORMAT = 1
 _MANIFEST, _STATE, _ASIDE = "manifest.json", "state.json", ".aside-"
@@ -187,6 +187,16 @@ def newest(parent: Path, say: Callable[[str], None] = lambda text: None) -> Chec
     if bad:
         raise WeightsError(f"no whole checkpoint in {parent}: {'; '.join(bad)}. Start anew in another folder")
     return None
+
+
+def require_none(parent: Path) -> None:
+    """Raise InputError where a run has saved already."""
+    there = folders(parent)
+    if there:
+        raise InputError(
+            f"{parent.parent} holds a run already ({there[0].name}); add --resume to go on with it, or choose another "
+            "--out"
+        )
 
 
 def prune(parent: Path, keep: int) -> None:

@@ -50,8 +50,8 @@ class LoopConfig:
 
     def check(self) -> None:
         """Raise InputError for values that do not go together."""
-        if self.warmup >= self.steps:
-            raise InputError(f"settings: warmup must be below steps, got warmup {self.warmup} and steps {self.steps}")
+        if self.warmup > self.steps:
+            raise InputError(f"settings: warmup must be at most steps, got warmup {self.warmup} and steps {self.steps}")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise InputError("settings: precision fp16 does not go with parallel fsdp; choose bf16, or ddp")
         if self.parallel == "fsdp" and self.optimiser == "adamw8bit":

@@ -34,7 +34,7 @@ from .processes import (
 )
 from .records import Means, Records
 
-RESULT = "model"
+CHECKPOINTS, RESULT = "checkpoints", "model"
 
 
 def train(
@@ -94,6 +94,7 @@ class Run:
         self.accelerator, self.signals, self.settings, self.facts = accelerator, signals, settings, facts
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.step, self.samples, self.saved = 0, 0, -1
+        self.last_losses: dict[str, float] = {}
         self.module = task.module
         state.seed_all(config.seed)
         self.computation = sharing.wrap(self.module, accelerator, config)
@@ -112,7 +113,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.out / "checkpoints"
+        return self.out / CHECKPOINTS
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +199,7 @@ class Run:
             self.average.update(self.step)
         self.step += 1
         self.samples += self.global_batch
+        self.last_losses = line["terms"]
         line |= {"lr": rate, "grad_norm": norm, "seconds": round(time.perf_counter() - start, 4)}
         if self.records:
             self.records.step(self.step, line)
@@ -309,7 +311,7 @@ class Run:
         return {
             "task": self.task.name, "steps": self.step, "samples": self.samples, "global_batch": self.global_batch,
             "processes": self.world, "averaged": bool(self.average), "settings": self._plain_settings(),
-            "loop": as_dict(self.config), "data": self.source.state(), **self.facts,
+            "loop": as_dict(self.config), "data": self.source.state(), "last_losses": self.last_losses, **self.facts,
         }  # fmt: skip
 
     def say(self, text: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +64,39 @@ def _patience() -> Any:
     from datetime import timedelta
 
     return timedelta(hours=2)  # the others wait while process 0 validates and saves
+
+
+def spawn(work: Callable[..., Any], world: int, *args: Any) -> None:
+    """Run `work(*args)` in `world` new processes of this machine that belong together; all must end well.
+
+    Raises:
+        TrainingStopped: a signal stopped them.
+        IdcoreError: one of them failed; it has said why.
+    """
+    try:
+        torch.multiprocessing.spawn(_member, (work, world, free_port(), args), nprocs=world)
+    except torch.multiprocessing.ProcessExitedException as e:
+        if e.exit_code > 128:
+            name = signal.Signals(e.exit_code - 128).name
+            raise TrainingStopped(f"stopped by {name}; go on with --resume", e.exit_code) from e
+        raise IdcoreError(f"process {e.error_index} of {world} failed; the reason stands above") from e
+
+
+def _member(rank: int, work: Callable[..., Any], world: int, port: int, args: tuple) -> None:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in here.items()})
+    try:
+        work(*args)
+    except IdcoreError as e:
+        if rank == 0 or not isinstance(e, TrainingStopped):
+            print(e, file=sys.stderr, flush=True)
+        sys.exit(getattr(e, "exit_code", 1))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def everyone(value: Any) -> list[Any]:

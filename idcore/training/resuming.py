@@ -48,11 +48,7 @@ def _find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
         if found is None:
             raise WeightsError(f"no checkpoint in {folder}; train without resuming first")
         return found
-    there = checkpoint.folders(folder)
-    if there:
-        raise InputError(
-            f"{run.out} holds a run already ({there[0].name}); add --resume to go on with it, or choose another --out"
-        )
+    checkpoint.require_none(folder)
     return None
 
 
@@ -139,9 +135,12 @@ def _covers(allowed: str, key: str) -> bool:
 
 def _changes(run: Run, kept: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs between a checkpoint's run and this one, by key: (was, is)."""
-    changed = {k: (old, new) for k, old, new in differences(kept["config"], run.config)}
+    changed: dict[str, tuple[Any, Any]] = {}
     if run.settings is not None and kept["settings"] is not None:
-        changed |= {k: (old, new) for k, old, new in differences(kept["settings"], run.settings)}
+        changed = {k: (old, new) for k, old, new in differences(kept["settings"], run.settings)}
+    for k, old, new in differences(kept["config"], run.config):
+        if not any(known.endswith(f".{k}") for known in changed):  # most settings nest the loop's
+            changed[k] = (old, new)
     was, now = kept["data"], run.source.state()
     changed |= {f"data.{k}": (was.get(k), now.get(k)) for k in sorted({*was, *now}) if was.get(k) != now.get(k)}
     for key, old, new in (

@@ -149,7 +149,7 @@ def test_what_a_run_may_not_be_resumed_with(tmp_path):
             {"optimiser": "adamw8bit"},
             "needs bitsandbytes or torchao, and neither is installed: pip",
         ),
-        ({"warmup": 12}, "warmup must be below steps"),
+        ({"warmup": 13}, "warmup must be at most steps"),
         (
             {"precision": "fp16", "parallel": "fsdp"},
             "precision fp16 does not go with parallel fsdp; choose bf16",

@@ -91,7 +91,7 @@ def test_every_setting_of_the_loop_says_what_it_is(tmp_path):
     (tmp_path / "d.yaml").write_text(as_text(LoopConfig()))
     assert load(LoopConfig, tmp_path / "d.yaml") == LoopConfig()
     assert all(f.metadata["about"].doc for f in LoopConfig.__dataclass_fields__.values())
-    with pytest.raises(InputError, match="warmup must be below steps, got warmup 20 and steps 10"):
+    with pytest.raises(InputError, match="warmup must be at most steps, got warmup 20 and steps 10"):
         load(LoopConfig, None, ["steps=10", "warmup=20"])
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from ...encoders.dlib_torch import DlibRecogniser
 from ...sampling.tiny_model import TinyModel
 from ...systems.tiny import FRAME, chips_of
-from .loop import early_features
 from .people import sample_person, sample_view
 from .renderer import render
+from .task import early_features
 
 FIRST_SEED = 3_000_000  # neither the gate's people nor those of the training
 PEOPLE = 48  # our choice
