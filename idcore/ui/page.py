@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..errors import IdcoreError, MissingDependencyError
+from ..errors import IdcoreError, InputError, MissingDependencyError
 from ..serving.requests import DrawRequest
 from .studio import Drawn, Person, Studio
 
-log = logging.getLogger("idcore.ui")
 UPLOAD = "20mb"
 SHOWN = 256  # smaller pictures are enlarged, for the eye alone
 PROMPTS = {"tiny": "a photo of a person, blue background", "sdxl": "portrait, oil on canvas"}
@@ -48,28 +47,31 @@ def _large(picture: Image.Image) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 
 
+class Enrolled(NamedTuple):
+    """What the page shows of who was chosen."""
+
+    person: Person | None
+    previews: list[Image.Image]
+    file: str | None  # the identity, to be downloaded
+    message: str
+
+
+NOBODY = Enrolled(None, [], None, "Nobody is chosen; pictures will show somebody.")
+
+
 class Handlers:
     """What the page's events call; the last value of each is a message for the user."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
 
-    def enrol(self, files: list[str] | None) -> tuple[Person | None, list[Image.Image], str]:
-        """Photos chosen: (person, previews, message)."""
-        if not files:
-            return None, [], "Nobody is chosen; pictures will show somebody."
-        return self._person(lambda: self.studio.enrol(files))
+    def enrol(self, files: list[str] | None) -> Enrolled:
+        """Photos chosen."""
+        return self._person(lambda: self.studio.enrol(files)) if files else NOBODY
 
-    def open(self, file: str | None) -> tuple[Person | None, list[Image.Image], str]:
+    def open(self, file: str | None) -> Enrolled:
         """An identity file chosen."""
-        return (None, [], "Nobody is chosen.") if not file else self._person(lambda: self.studio.open(file))
-
-    def save(self, person: Person | None) -> tuple[str | None, str]:
-        """(path for the download, message)"""
-        try:
-            return str(self.studio.save(person)), "Saved. The file describes a face: treat it as personal data."
-        except IdcoreError as e:
-            return None, str(e)
+        return self._person(lambda: self.studio.open(file)) if file else NOBODY
 
     def draw(
         self, person: Person | None, prompt: str, id_scale: float, start: float, end: float, steps: float, seed: float,
@@ -88,12 +90,12 @@ class Handlers:
         except IdcoreError as e:
             yield [], str(e)
 
-    def _person(self, make: Any) -> tuple[Person | None, list[Image.Image], str]:
+    def _person(self, make: Any) -> Enrolled:
         try:
             person = make()
+            return Enrolled(person, list(person.previews), str(self.studio.save(person)), person.about)
         except IdcoreError as e:
-            return None, [], str(e)
-        return person, list(person.previews), person.about
+            return NOBODY._replace(message=str(e))
 
 
 def build(studio: Studio) -> Any:
@@ -117,7 +119,7 @@ def build(studio: Studio) -> Any:
                 previews = gr.Gallery(label="Who", columns=2, height=230, object_fit="contain", buttons=[])
                 with gr.Row():
                     opened = gr.UploadButton("Load identity", file_types=[".safetensors"], size="sm", min_width=100)
-                    saved = gr.DownloadButton("Save identity", size="sm", min_width=100)
+                    saved = gr.DownloadButton("Save identity", size="sm", min_width=100, elem_id="save")
                 said = gr.Textbox(label="Message", interactive=False, lines=2, elem_id="message")
             with gr.Column(scale=3, min_width=500):
                 with gr.Row():
@@ -132,9 +134,8 @@ def build(studio: Studio) -> Any:
                 )  # fmt: skip
         gr.Markdown(studio.about)
         private = {"api_visibility": "private"}
-        photos.change(do.enrol, photos, [person, previews, said], concurrency_limit=1, **private)
-        opened.upload(do.open, opened, [person, previews, said], concurrency_limit=1, **private)
-        saved.click(do.save, person, [saved, said], **private)
+        photos.change(do.enrol, photos, [person, previews, saved, said], concurrency_limit=1, **private)
+        opened.upload(do.open, opened, [person, previews, saved, said], concurrency_limit=1, **private)
 
         one = {"concurrency_limit": 1, "concurrency_id": "draw"}
         for event in (go.click, prompt.submit):
@@ -179,15 +180,24 @@ def launch(
         port: None: the first free one from 7860.
         open_browser: show it.
         block: stay until interrupted.
+
+    Raises:
+        InputError: the address is taken, or none of this machine.
     """
     gr = _gradio()
     page = build(studio)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    page.launch(
-        server_name=host, server_port=port, share=False, inbrowser=open_browser, prevent_thread_lock=not block,
-        max_file_size=UPLOAD, enable_monitoring=False, ssr_mode=False, footer_links=[], run_history=False,
-        theme=gr.themes.Default(**fonts), strict_cors=True, quiet=True,
-    )  # fmt: skip
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=False, inbrowser=open_browser, prevent_thread_lock=True,
+            max_file_size=UPLOAD, enable_monitoring=False, ssr_mode=False, footer_links=[], run_history=False,
+            theme=gr.themes.Default(**fonts), strict_cors=True, quiet=True,
+        )  # fmt: skip
+    except OSError as e:
+        raise InputError(f"cannot listen on {host}:{port or 'any port'} ({e}); choose another --port or --host") from e
+    print(f"idcore ui: {page.local_url}   (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if block:
+        page.block_thread()
     return page
 
 

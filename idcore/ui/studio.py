@@ -57,6 +57,7 @@ class Studio:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.judge = Judge()
+        self._files = tempfile.TemporaryDirectory(prefix="idcore-ui-")  # gone when the app ends
         self._lock = threading.Lock()
 
     @property
@@ -94,11 +95,9 @@ class Studio:
         self.engine.check_person(identity)
         return Person(identity, None, (), f"A person from {Path(file).name}; without a photo there is no similarity.")
 
-    def save(self, person: Person | None) -> Path:
-        """The identity as a file in a new temporary folder. Raises InputError where nobody is enrolled."""
-        if person is None:
-            raise InputError("Choose a photo of a person first; then there is an identity to save.")
-        path = Path(tempfile.mkdtemp(prefix="idcore-")) / "identity.safetensors"
+    def save(self, person: Person) -> Path:
+        """The identity as a file in a folder that lasts as long as the app."""
+        path = Path(tempfile.mkdtemp(dir=self._files.name)) / "identity.safetensors"
         person.identity.save(path)
         return path
 

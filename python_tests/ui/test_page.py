@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -10,7 +13,8 @@ import pytest
 from PIL import Image
 
 from idcore.demo import PHOTO
-from idcore.errors import MissingDependencyError
+from idcore.errors import InputError, MissingDependencyError
+from idcore.identity import Identity
 from idcore.serving import TinyEngine
 from idcore.ui import page as page_module
 from idcore.ui.studio import Studio
@@ -46,6 +50,10 @@ def test_a_photo_to_a_gallery_in_a_browser(served, tmp_path):
         browser.wait("!!document.querySelector('#photos input[type=file]')")
         browser.choose_files("#photos input[type=file]", PHOTO)
         browser.wait(f"{message} == 'A person from 1 photo.'")
+        browser.evaluate("HTMLAnchorElement.prototype.click = function () { window.link = this.href }; 0")
+        browser.evaluate("document.querySelector('#save').click()")
+        link = browser.wait("window.link", 20)
+        assert Identity.load(_fetched(link, tmp_path)).system == "tiny"
         browser.evaluate("document.querySelector('#draw').click()")
         browser.wait(f"{message} == '8 of 8 drawn.'")
         done = "i => i.complete && i.naturalWidth >= 256"
@@ -60,6 +68,14 @@ def test_a_photo_to_a_gallery_in_a_browser(served, tmp_path):
     assert len(Image.open(shot).convert("RGB").getcolors(1 << 24)) > 3000
     if os.environ.get("IDCORE_KEEP_SCREENSHOT"):
         Image.open(shot).convert("RGB").quantize(256).save(os.environ["IDCORE_KEEP_SCREENSHOT"], optimize=True)
+
+
+def _fetched(link, folder):
+    import httpx
+
+    path = folder / "fetched.safetensors"
+    path.write_bytes(httpx.get(link).raise_for_status().content)
+    return path
 
 
 @needs_gradio
@@ -80,8 +96,26 @@ def test_uploads_are_capped(served):
     assert answer.status_code in (400, 413) and "size" in answer.text.lower()
 
 
+@needs_gradio
+def test_the_command_serves_until_interrupted_and_names_a_port_that_is_taken(served, tmp_path):
+    import httpx
+
+    run = [sys.executable, "-m", "idcore.cli", "ui"]
+    process = subprocess.Popen(run, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        line = next(line for line in process.stderr if line.startswith("idcore ui: "))
+        assert httpx.get(line.split()[2]).status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    taken = urlsplit(served.local_url).port
+    with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{taken} .* choose another --port"):
+        page_module.launch(Studio(TinyEngine()), port=taken, block=False)
+
+
 def test_without_gradio_or_with_an_old_one(monkeypatch):
-    import sys
     import types
 
     monkeypatch.setitem(sys.modules, "gradio", None)

@@ -1,6 +1,5 @@
 """What the app does, without a browser and without gradio."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ def test_without_a_person_there_is_no_likeness(studio):
 
 
 def test_several_photos_and_their_previews(studio, person):
-    person_of_two, previews, said = Handlers(studio).enrol([str(PHOTO), str(PHOTO)])
+    person_of_two, previews, _, said = Handlers(studio).enrol([str(PHOTO), str(PHOTO)])
     assert said == "A person from 2 photos." and person_of_two.faces.shape == (2, 128)
     assert len(previews) == 2 and max(previews[0].size) == 320
     assert Handlers(studio).enrol(None)[0] is None
@@ -61,17 +60,23 @@ def test_several_photos_and_their_previews(studio, person):
 
 def test_identities_as_files(studio, person, tmp_path):
     do = Handlers(studio)
-    path, said = do.save(person)
-    assert "personal data" in said and Identity.load(path).system == "tiny"
-    again, previews, said = do.open(path)
-    assert again.faces is None and previews == [] and said.startswith("A person from identity.safetensors; without a")
-    first, second = (list(do.draw(*values(who, count=1)))[-1][0][0] for who in (person, again))
+    path = do.enrol([str(PHOTO)]).file
+    assert Identity.load(path).system == "tiny"
+    again = do.open(path)
+    assert again.person.faces is None and again.previews == []
+    assert again.message == "A person from identity.safetensors; without a photo there is no similarity."
+    assert Identity.load(again.file).tokens.equal(person.identity.tokens)
+    first, second = (list(do.draw(*values(who, count=1)))[-1][0][0] for who in (person, again.person))
     assert np.array_equal(np.asarray(first[0]), np.asarray(second[0])) and second[1] == "seed 3"
-    shutil.rmtree(Path(path).parent)
-    assert do.save(None) == (None, "Choose a photo of a person first; then there is an identity to save.")
     other = TinySystem(tiny_pipeline("sdxl").unet).identity()
     other.save(tmp_path / "other.safetensors")
-    assert "made by the system 'tiny-random'" in do.open(str(tmp_path / "other.safetensors"))[2]
+    assert "made by the system 'tiny-random'" in do.open(str(tmp_path / "other.safetensors")).message
+    kept = Path(studio._files.name)
+    assert kept in Path(path).parents
+    short = Studio(studio.engine)
+    gone = short.save(person)
+    short._files.cleanup()
+    assert not gone.exists()
 
 
 def test_wrong_files_are_messages_that_name_them(studio, tmp_path):
@@ -92,8 +97,8 @@ def test_wrong_files_are_messages_that_name_them(studio, tmp_path):
         (do.enrol, [str(PHOTO)] * 9, InputError, "Up to 8 photos of one person, got 9"),
         (do.open, str(broken), WeightsError, "broken.safetensors: "),
     ]:
-        found, previews, said = use(files)
-        assert found is None and previews == [] and said.startswith(says), said
+        found, previews, file, said = use(files)
+        assert (found, previews, file) == (None, [], None) and said.startswith(says), said
         assert str(tmp_path) not in said
         with pytest.raises(kind):
             (studio.enrol if use == do.enrol else studio.open)(files)
