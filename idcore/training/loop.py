@@ -77,8 +77,8 @@ def train(
         stack.callback(state.keep_random_state(accelerator.device))
         stack.enter_context(determinism(config))
         run = Run(task, source, config, out, accelerator, signals, settings, facts or {})
-        run.open(resume, allow_change)
         stack.callback(run.close)
+        run.open(resume, allow_change)
         run.go()
         return run.finish()
 
@@ -104,6 +104,7 @@ class Run:
         self.optimiser = make_optimiser(self.parameters, config)
         self.average = Average(self.module, config.ema) if config.ema else None
         self.records: Records | None = None
+        self.lock: Any = None
         self._reader = ThreadPoolExecutor(1) if config.prefetch else None
         self._next: tuple[int, Future] | None = None
 
@@ -147,6 +148,8 @@ class Run:
             self._reader.shutdown(wait=True, cancel_futures=True)
         if self.records:
             self.records.close()
+        if self.lock:
+            self.lock.close()
 
     def go(self) -> None:
         """Steps until the end, `stop_at` or a signal; saves and validates in between."""

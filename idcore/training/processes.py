@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,25 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def lock(folder: Path) -> Any:
+    """An open file that keeps other runs out of a folder for as long as it is open and this process lives.
+
+    Raises:
+        InputError: another run has it.
+    """
+    file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise InputError(f"another training is running in {folder}; wait for its end, or choose another --out") from e
+    except (ImportError, OSError):  # a system or a network folder without locks: nothing is lost but this check
+        pass
+    return file
 
 
 def everyone(value: Any) -> list[Any]:

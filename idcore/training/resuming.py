@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IdcoreError, InputError, WeightsError
 from . import checkpoint, state
 from .config import as_dict, differences
-from .processes import everyone, from_first
+from .processes import everyone, from_first, lock
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -21,7 +21,7 @@ def find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; None to begin anew.
 
     Raises:
-        InputError: the folder holds a run already, and `resume` is not set.
+        InputError: the folder holds a run already, and `resume` is not set; or another run is at work in it.
         WeightsError: nothing to resume, or no whole checkpoint.
         IdcoreError: the folder cannot be written.
     """
@@ -32,7 +32,9 @@ def find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
         except IdcoreError as e:
             found = e
         except OSError as e:
-            found = IdcoreError(f"cannot write into {run.out}: {e.strerror or e}; choose another --out folder")
+            found = IdcoreError(
+                f"cannot write into {run.out}: {e.strerror or e}; make it writable, or choose another --out"
+            )
     found = from_first(found)
     if isinstance(found, IdcoreError):
         raise found
@@ -42,6 +44,7 @@ def find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
 def _find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
     folder = run.checkpoints
     folder.mkdir(parents=True, exist_ok=True)
+    run.lock = lock(run.out)
     checkpoint.clean(folder)
     if resume:
         found = checkpoint.newest(folder, run.say)

@@ -1,6 +1,8 @@
 """The training loop in one process: steps, saving, resuming bit for bit, refusals."""
 
+import errno
 import json
+import os
 import random
 import sys
 
@@ -14,6 +16,8 @@ from idcore.files import read_safetensors
 from idcore.training import checkpoint
 from idcore.training.loop import train
 from idcore.training.optimise import Average, learning_rate
+from idcore.training.processes import lock
+from idcore.training.records import Lines
 
 
 def state_files(folder):
@@ -137,6 +141,34 @@ def test_what_a_run_may_not_be_resumed_with(tmp_path):
     with pytest.raises(WeightsError, match="saved by another optimiser"):
         allow = ["lr", "data", "batch", "optimiser"]
         train(Denoise(), Rows(), config(lr=1.0, optimiser="sgd"), tmp_path, resume=True, allow_change=allow)
+
+
+def test_a_full_disk_under_losses_jsonl_is_told(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    lines = Lines(tmp_path / "losses.jsonl", 0)
+    with pytest.raises(
+        IdcoreError, match="cannot write .*losses.jsonl: No space left on device; the last checkpoint is"
+    ):
+        lines.sync()
+    lines.close()
+
+
+def test_lines_of_a_killed_run_are_cut_where_it_goes_on(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    lines = Lines(path, 2)
+    lines.add(step=3, loss=float("nan"))
+    lines.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n' and lines.steps == {1, 2}
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with lock(tmp_path), pytest.raises(InputError, match="another training is running in .*choose another --out"):
+        train(Denoise(), Rows(), config(), tmp_path)
+    train(Denoise(), Rows(), config(), tmp_path)
 
 
 @pytest.mark.parametrize(

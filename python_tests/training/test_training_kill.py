@@ -95,11 +95,12 @@ def test_a_folder_that_cannot_be_written(start, whole, tmp_path):
         folder.chmod(0o711)
     (tmp_path / "new").mkdir(0o755)
     shutil.copytree(whole, tmp_path / "old")
-    texts = {"new": f"cannot write into {tmp_path / 'new'}: Permission denied; choose another --out folder"}
-    texts["old"] = f"cannot write {tmp_path / 'old'}/losses.jsonl: Permission denied; the last checkpoint is intact"
-    for name, text in texts.items():
+    for name in ("new", "old"):
         process = start(kill_cases.as_nobody, str(tmp_path / name), name == "old")
         process.join(60)
         assert process.exitcode == 1
-        assert (tmp_path / f"{name}.txt").read_text().startswith(f"IdcoreError: {text}")
+        text = (tmp_path / f"{name}.txt").read_text()
+        assert text.startswith(
+            f"IdcoreError: cannot write into {tmp_path / name}: Permission denied; make it writable, or"
+        )
     assert checkpoint.newest(tmp_path / "old" / "checkpoints").step == kill_cases.STEPS
