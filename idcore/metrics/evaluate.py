@@ -104,7 +104,8 @@ def evaluate(
         pictures: the folder (see `rows.read_rows`).
         out: made if missing; an earlier run's store in it is gone on with.
         judges: who looks.
-        people: whom the pictures show, by the names in `Row.person`.
+        people: whom the pictures show, by the names in `Row.person`; of one person alone all show that one where
+            no row names anybody.
         real: folder of real pictures for FID and KID.
         rows: in place of reading the folder.
         kid_subsets, kid_size: see `distances.kernel_distance`.
@@ -120,6 +121,9 @@ def evaluate(
         raise InputError("evaluate: FID and KID against --real need a feature network; name one with --features")
     writable_folder(out)
     rows = list(rows) if rows is not None else read_rows(pictures)
+    if len(people) == 1 and not any(r.person for r in rows):  # one person, and nobody is named: all show that one
+        twins = {r.without for r in rows}
+        rows = [r if r.file in twins else replace(r, person=people[0].name) for r in rows]
     _check_people(rows, people)
     with Store(out / STORE) as store:
         job = Job(pictures, rows, list(people), judges, store, progress)

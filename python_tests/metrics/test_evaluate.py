@@ -182,6 +182,17 @@ def test_figures_by_hand_with_a_missing_face_and_unreadable_files(tmp_path):
     )
 
 
+def test_one_person_is_whom_all_pictures_show(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file, colour in (("1", (200, 0, 0)), ("2", (0, 200, 0))):
+        Image.new("RGB", (300, 300), colour).save(folder / f"{file}.png")
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "me.png")
+    result = evaluate(folder, tmp_path / "out", Judges({"c": Colour()}), people=read_people(tmp_path / "me.png"))
+    assert [(r["person"], r["scores"]["c.own"]) for r in result["rows"]] == [("me", 1.0), ("me", 0.0)]
+    assert "c.rank1" not in result["figures"]  # nobody else to be mistaken for
+
+
 def test_similarity_in_parts_is_the_whole(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(50, 8)), rng.normal(size=(7, 8))
