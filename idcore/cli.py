@@ -46,13 +46,17 @@ def encode(
     retinaface: Retina = None,
     faces: Faces = "embedded",
     choose: Choose = "largest",
+    bank: Annotated[
+        Path | None,
+        typer.Option(help="Also keep keys and values for this base: a folder in diffusers' layout."),
+    ] = None,
 ) -> None:
     """Photos of a person to an identity file."""
     from .workflows import encode_photos
 
     identity = encode_photos(
         photos, system=system, weights=weights, vision=vision, parsing=parsing, retinaface=retinaface, faces=faces,
-        choose=choose, say=lambda text: typer.echo(text, err=True),
+        choose=choose, bank=bank, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     identity.save(out)
     typer.echo(f"{out}: {identity}", err=True)
@@ -77,8 +81,11 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     id: Annotated[
-        Path | None,
-        typer.Option("--id", help="A photo, an identity made by `idcore encode`, or learned_embeds.safetensors."),
+        list[Path] | None,
+        typer.Option(
+            "--id",
+            help="A photo, an identity of `idcore encode`, or learned_embeds.safetensors; again for others.",
+        ),
     ] = None,
     base: Annotated[
         str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL or SD 1.5 pipeline.')
@@ -102,15 +109,32 @@ def generate(
     placeholder: Annotated[
         str | None, typer.Option(help="DreamIdentity, SeFi-IDE, textual inversion: the word that is the person.")
     ] = None,
+    id_start: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps before the identity acts.")] = 0.0,
+    id_end: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps after which it does not.")] = 1.0,
+    mask: Annotated[list[Path] | None, typer.Option(help="Where an identity acts, white; one per --id.")] = None,
+    layout: Annotated[str | None, typer.Option(help='Who acts where: "left, right", or columns "1 1".')] = None,
+    sampler: Annotated[
+        str, typer.Option(help='SDXL: "lightning", "lightning-euler", "karras-2m", "karras-sde", "own" or "auto".')
+    ] = "auto",
+    runner: Annotated[str, typer.Option(help='SDXL: "eager", or "graph" (one CUDA graph).')] = "eager",
+    quantize: Annotated[str | None, typer.Option(help='SDXL: "int8" or "fp8" weights of the UNet (torchao).')] = None,
+    offload: Annotated[str | None, typer.Option(help='SDXL on a GPU: "model" or "sequential".')] = None,
+    unet_weights: Annotated[
+        Path | None, typer.Option(help="SDXL: one file with a whole UNet, e.g. sdxl_lightning_4step_unet.safetensors.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With one checkpoint file as --base: a folder with its configurations.")
+    ] = None,
 ) -> None:
     """Pictures of a prompt, with a person's identity."""
     from .generating import GenerateRequest, generate_pictures
 
     request = GenerateRequest(
-        prompt=prompt, out=out, id=id, base=base, negative=negative, steps=steps, seed=seed, count=count,
+        prompt=prompt, out=out, id=tuple(id or ()), base=base, negative=negative, steps=steps, seed=seed, count=count,
         id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
         vision=vision, parsing=parsing, retinaface=retinaface, preset=preset, faces=faces, choose=choose,
-        placeholder=placeholder,
+        placeholder=placeholder, id_start=id_start, id_end=id_end, masks=tuple(mask or ()), layout=layout,
+        sampler=sampler, runner=runner, quantize=quantize, offload=offload, unet_weights=unet_weights, config=config,
     )  # fmt: skip
     for path in generate_pictures(request):
         typer.echo(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def encode_photos(
     retinaface: Path | None = None,
     faces: str = "embedded",
     choose: str = "largest",
+    bank: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Identity:
     """Photos of one person to an identity of the named system.
@@ -42,11 +43,15 @@ def encode_photos(
         weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
+        bank: a base model in diffusers' layout; its layers' keys and values are kept in the identity, which needs no
+            adapter weights then.
         say: gets a line with what the encoding took, where the system measures it.
     """
     if not photos:
         raise InputError("encode: wanted at least one photo, got none")
     if system == "tiny":
+        if bank is not None:
+            raise InputError("encode: --bank keeps keys and values of an adapter; the embedded model has none")
         from .sampling.tiny_pipeline import TinyPipeline
 
         return TinyPipeline.from_package().encode(list(photos), analyzer(faces), face_choice(choose))
@@ -55,6 +60,12 @@ def encode_photos(
     files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
     loaded = load_system(**chosen_files(system, files, for_photos=True), policy=face_choice(choose))
     identity = loaded.encode(list(photos))
+    if bank is not None:
+        from .sampling.loading import unet_shapes
+
+        if not hasattr(loaded, "project"):
+            raise InputError(f"encode: --bank keeps keys and values of layers, which {loaded.name} does not make")
+        identity = identity.with_bank(loaded, unet_shapes(bank))
     timing = getattr(loaded, "timing", None)
     if timing:
         say(
@@ -203,11 +214,22 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def save_picture(picture: Image.Image, path: Path) -> Path:
-    """PNG, written beside its final name and renamed: a full disk leaves no half picture."""
+def save_picture(picture: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """PNG, written beside its final name and renamed: a full disk leaves no half picture.
+
+    Args:
+        picture: to be written.
+        path: where to.
+        about: texts that the file says of itself.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for name, text in (about or {}).items():
+        texts.add_text(name, text)
     staged = path.with_name(f".{path.name}.part")
     try:
-        picture.save(staged, format="PNG")
+        picture.save(staged, format="PNG", pnginfo=texts)
         os.replace(staged, path)
     except OSError as e:
         staged.unlink(missing_ok=True)

@@ -5,17 +5,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
 from idcore import cli
-from idcore.errors import IdcoreError
+from idcore.attach import attach
+from idcore.errors import IdcoreError, InputError, WeightsError
+from idcore.files import file_hash, write_safetensors
 from idcore.generating import GenerateRequest, generate_pictures
 from idcore.identity import Identity
+from idcore.sampling.loading import unet_shapes
+from idcore.sampling.sdxl import few_step_scheduler
 from idcore.sampling.tiny_pipeline import TinyPipeline
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.testing.tiny_models import tiny_pipeline
+from idcore.workflows import encode_photos
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,83 @@ def test_generate_with_an_sdxl_folder_and_pulid(sdxl, tmp_path):
     assert np.array_equal(with_id[1], again[0]), "the same seed gives the same picture whatever the count"
     assert np.array_equal(without[0], plain[0]), "id_scale 0 is not attached"
     assert not np.array_equal(again[0], plain[0]), "the identity has an influence"
+
+
+def test_an_sdxl_base_draws_what_diffusers_draws(sdxl, tmp_path):
+    me, system = Identity.load(sdxl / "me.safetensors"), PuLID.from_weights(sdxl / "pulid.safetensors")
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl / "base", add_watermarker=False)
+    own = pipe.scheduler
+    for steps in (3, 9):
+        pipe.scheduler = few_step_scheduler(own.config) if steps <= 8 else own
+        with attach(pipe, system, me, id_scale=0.7, id_guidance_end=0.5):
+            wanted = pipe(
+                "a person", negative_prompt="bad", num_inference_steps=steps, guidance_scale=2.0, width=16, height=16,
+                generator=torch.Generator().manual_seed(3),
+            ).images[0]  # fmt: skip
+        over = dict(steps=steps, seed=3, guidance=2.0, negative="bad", id_scale=0.7, id_end=0.5)
+        (path,) = generate_pictures(request(sdxl, tmp_path / str(steps), **over))
+        made = Image.open(path)
+        assert np.array_equal(np.asarray(made), np.asarray(wanted))
+    assert made.text["prompt"] == "a person" and made.text["seed"] == "3" and made.text["id_scale"] == "0.7"
+    assert made.text["identity_sha256"] == file_hash(sdxl / "me.safetensors") and "me" not in made.text["base"]
+    assert json.loads((path.parent / "generate.json").read_text())["request"]["id"].endswith("me.safetensors")
+
+
+def test_two_people_in_regions_by_layout_or_masks(sdxl, tmp_path):
+    other = tmp_path / "other.safetensors"
+    me = Identity.load(sdxl / "me.safetensors")
+    Identity(-me.tokens, me.uncond_tokens, me.system, {}).save(other)
+    ids = ("--id", sdxl / "me.safetensors", "--id", other)
+    sides = []
+    for i in range(2):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:, 32 * i : 32 * i + 32] = 255
+        Image.fromarray(mask).save(tmp_path / f"{i}.png")
+        sides += ["--mask", tmp_path / f"{i}.png"]
+
+    def draw(name, *more):
+        status, out, error = run(
+            "generate", "--prompt", "people", "--out", tmp_path / name, "--base", sdxl / "base", "--weights",
+            sdxl / "pulid.safetensors", "--width", 16, "--height", 16, "--steps", 2, *more,
+        )  # fmt: skip
+        return pictures(out.split())[0] if status == 0 else error
+
+    by_masks = draw("a", *ids, *sides)
+    assert np.array_equal(by_masks, draw("b", *ids, "--layout", "left, right"))
+    assert not np.array_equal(by_masks, draw("c", *ids))
+    assert "give --layout or --mask, not both" in draw("d", *ids, *sides, "--layout", "1 1")
+    assert "say where people act, and --id gives none" in draw("e", *sides)
+    assert 'base "tiny" draws one person everywhere' in run(
+        "generate", "--prompt", "x", "--out", tmp_path, *ids, "--layout", "1 1"
+    )[2]  # fmt: skip
+
+
+def test_lightning_files_and_options_that_sd15_lacks(sdxl, tmp_path):
+    unet = tiny_pipeline("sdxl").unet
+    for p in unet.parameters():
+        p.data.mul_(1.1)
+    write_safetensors(tmp_path / "unet.safetensors", unet.state_dict(), {})
+    plain = pictures(generate_pictures(request(sdxl, tmp_path / "a")))[0]
+    euler = pictures(generate_pictures(request(sdxl, tmp_path / "b", sampler="lightning-euler")))[0]
+    other = pictures(generate_pictures(request(sdxl, tmp_path / "c", unet_weights=tmp_path / "unet.safetensors")))[0]
+    assert not np.array_equal(plain, euler) and not np.array_equal(plain, other)
+    tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
+    with pytest.raises(InputError, match="sampler, runner work with SDXL bases, .* is SD 1.5; leave them out"):
+        generate_pictures(request(sdxl, tmp_path / "d", base=str(tmp_path / "sd"), sampler="own", runner="graph"))
+    with pytest.raises(InputError, match='runner="graph" records a CUDA graph and the UNet is on cpu'):
+        generate_pictures(request(sdxl, tmp_path / "e", runner="graph"))
+
+
+def test_an_identity_with_its_bank_needs_no_weights(sdxl, tmp_path, photo):
+    me, system = Identity.load(sdxl / "me.safetensors"), PuLID.from_weights(sdxl / "pulid.safetensors")
+    me.with_bank(system, unet_shapes(sdxl / "base"), torch.float32).save(tmp_path / "banked.safetensors")
+    with_weights = pictures(generate_pictures(request(sdxl, tmp_path / "a")))[0]
+    alone = pictures(generate_pictures(request(sdxl, tmp_path / "b", id=tmp_path / "banked.safetensors", weights=None)))
+    assert np.abs(with_weights.astype(int) - alone[0]).max() <= 1
+    with pytest.raises(WeightsError, match="no unet/config.json; wanted a folder with a base model"):
+        unet_shapes(tmp_path)
+    with pytest.raises(InputError, match="--bank keeps keys and values of an adapter; the embedded model has none"):
+        encode_photos([photo], bank=sdxl / "base")
 
 
 def test_presets_differ(sdxl, tmp_path):

@@ -54,7 +54,7 @@ class IDPipeline:
         """
         Args:
             pipe: a StableDiffusionXLPipeline.
-            system: what `idcore.attach` takes, e.g. PuLID; needed for identities.
+            system: what `idcore.attach` takes, e.g. PuLID; needed for identities without a bank of keys and values.
             sampler: "lightning" (DPM++ 2M on trailing timesteps, PuLID v1's), "lightning-euler", "karras-2m" and
                 "karras-sde" (PuLID v1.1's), or "own" (the pipeline's scheduler).
             runner: "eager"; or "graph": the loop as one CUDA graph (not run on a GPU yet).
@@ -294,10 +294,14 @@ class IDPipeline:
             return tuple(self.encode(p) for p in (image if several else [image]))
         if embeds is None:
             return ()
-        if self.system is None:
-            raise InputError("IDPipeline without a system cannot use id_embeds; give it one, e.g. idcore.PuLID")
         several = embeds if isinstance(embeds, (list, tuple)) else [embeds]
-        return tuple(Identity.load(e) if isinstance(e, (str, os.PathLike)) else e for e in several)
+        people = tuple(Identity.load(e) if isinstance(e, (str, os.PathLike)) else e for e in several)
+        if self.system is None and not all(getattr(p, "banks", ()) for p in people):
+            raise InputError(
+                "IDPipeline without a system cannot use id_embeds that hold no keys and values (Identity.with_bank); "
+                "give it one, e.g. idcore.PuLID"
+            )
+        return people
 
     def _pictures(self, made: Made) -> Tensor:
         done = made.pictures

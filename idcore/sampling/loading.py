@@ -73,6 +73,29 @@ def load_single_file(
         ) from e
 
 
+def unet_shapes(base: str | os.PathLike) -> nn.Module:
+    """The UNet of a base model without its weights, on the meta device.
+
+    Args:
+        base: folder with a pipeline, or with its UNet, in diffusers' layout.
+
+    Raises:
+        WeightsError: there is no configuration of a UNet.
+    """
+    from diffusers import UNet2DConditionModel
+
+    path = Path(base)
+    found = next((p for p in (path / "unet", path) if (p / "config.json").is_file()), None)
+    if found is None:
+        raise WeightsError(f"{path} has no unet/config.json; wanted a folder with a base model in diffusers' layout")
+    try:
+        config = UNet2DConditionModel.load_config(found, local_files_only=True)
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise WeightsError(f"{found / 'config.json'} does not describe a UNet of diffusers: {e}") from e
+
+
 def load_unet_weights(unet: nn.Module, path: str | os.PathLike) -> nn.Module:
     """A whole UNet from one safetensors file (such as `sdxl_lightning_4step_unet.safetensors`) into this UNet.
 

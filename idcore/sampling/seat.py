@@ -53,11 +53,13 @@ class Seat:
                 self.handle.schedule()
 
     def _sit(self, people: tuple[Any, ...]) -> None:
-        if self.handle is None or not self.handle.attached:
+        others = len(people) != len(self._people) or any(a is not b for a, b in zip(people, self._people))
+        # Without a system, what stands for it is made of the people themselves.
+        if self.handle is None or not self.handle.attached or (others and self.system is None):
             self.leave()
             self.handle = attach(self.owner, self.system, list(people), id_scale=0.0, backend=self.backend)
             self.handle._conditioning.as_data = self.as_data
-        elif len(people) != len(self._people) or any(a is not b for a, b in zip(people, self._people)):
+        elif others:
             self._set_masks(None)
             self.handle.schedule()
             self.handle.identity(list(people))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import idcore
@@ -178,7 +179,7 @@ def test_the_command_line_encodes_and_draws(tmp_path):
         out = tmp_path / name
         done = run.invoke(app, ["generate", "--prompt", prompt, "--out", str(out), "--base", str(tmp_path / "base"),
                                 "--id", str(who), *size, *more])  # fmt: skip
-        return done, sorted(p.read_bytes() for p in out.glob("*.png"))
+        return done, sorted(Image.open(p).tobytes() for p in out.glob("*.png"))
 
     saved = draw("a", me)
     assert saved[0].exit_code == 0, saved[0].exception

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sefi_naive import WIDTHS, drawn, naive_pictures
 from typer.testing import CliRunner
@@ -263,7 +264,7 @@ def test_the_command_line_draws_with_a_persons_file(tmp_path, kind):
         out = tmp_path / name
         done = run.invoke(app, ["generate", "--prompt", prompt, "--out", str(out), "--base", str(tmp_path / "base"),
                                 "--width", "16", "--height", "16", "--steps", "3", *more])  # fmt: skip
-        return done, sorted(p.read_bytes() for p in out.glob("*.png"))
+        return done, sorted(Image.open(p).tobytes() for p in out.glob("*.png"))
 
     first = draw("a", "--system", "sefi-ide", "--weights", str(me))
     assert first[0].exit_code == 0 and len(first[1]) == 1, first[0].exception
