@@ -72,7 +72,7 @@ def save(
     except (OSError, IdcoreError) as e:
         shutil.rmtree(staging, ignore_errors=True)
         raise IdcoreError(_why_not_saved(parent, step, e)) from e
-    prune(parent, keep)
+    prune(parent, step, keep)
     return final
 
 
@@ -199,9 +199,12 @@ def require_none(parent: Path) -> None:
         )
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Remove all but the newest `keep` folders, damaged ones among the older too, and what a killed save left."""
-    for folder in folders(parent)[keep:]:
+def prune(parent: Path, step: int, keep: int) -> None:
+    """Remove what a killed save left, and all but the newest `keep` checkpoints up to `step`, which is whole.
+
+    Later ones are damaged, or the run would have gone on from them; they do not count, and go when it gets there.
+    """
+    for folder in [f for f in folders(parent) if int(f.name[5:]) <= step][keep:]:
         aside = parent / f"{_ASIDE}{folder.name}.{secrets.token_hex(4)}"
         try:
             os.replace(folder, aside)  # so that a half removed folder is none of the checkpoints

@@ -50,6 +50,7 @@ def _find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
         found = checkpoint.newest(folder, run.say)
         if found is None:
             raise WeightsError(f"no checkpoint in {folder}; train without resuming first")
+        checkpoint.prune(folder, found.step, run.config.keep)  # where a kill came between
         return found
     checkpoint.require_none(folder)
     return None

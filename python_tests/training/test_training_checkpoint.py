@@ -45,6 +45,15 @@ def test_old_ones_go_after_the_new_one_stands(tmp_path, monkeypatch):
     assert (tmp_path / "step-00000002").exists() and (tmp_path / "step-00000003").exists()
 
 
+def test_a_damaged_later_one_is_never_kept_in_place_of_a_whole_one(tmp_path):
+    saved(tmp_path, 1, 5, keep=2)
+    (tmp_path / "step-00000005" / "manifest.json").unlink()
+    saved(tmp_path, 3, keep=1)
+    assert checkpoint.newest(tmp_path).step == 3 and not (tmp_path / "step-00000001").exists()
+    saved(tmp_path, 5, 6, keep=1)
+    assert [f.name for f in checkpoint.folders(tmp_path)] == ["step-00000006"]
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     old = os.umask(0o027)
     try:
