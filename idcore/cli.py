@@ -1,4 +1,4 @@
-"""The command line: demo, encode, mix, generate, evaluate, train, convert, fetch, doctor, env."""
+"""The command line: demo, encode, mix, generate, evaluate, prepare, train, convert, fetch, doctor, env."""
 
 from __future__ import annotations
 
