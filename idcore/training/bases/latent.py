@@ -52,7 +52,8 @@ class LatentBase:
         if vae_dtype is None:
             overflows = self.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
             vae_dtype = torch.float32 if overflows else self.dtype
-        self.vae.to(vae_dtype)
+        if self.vae.dtype != vae_dtype:
+            self.vae.to(vae_dtype)
         self._products = pipe.scheduler.alphas_cumprod.detach().double().clone()
         self._texts = TextCache(self._encode)
 

@@ -40,26 +40,29 @@ class EulerSteps:
 
     def __init__(self, scheduler: Any) -> None:
         self.times = scheduler.timesteps.detach().clone().float()
-        self.sigmas = scheduler.sigmas.detach().clone()
         self.prediction = scheduler.config.prediction_type
-        self._largest = float(scheduler.init_noise_sigma)
+        self.largest = float(scheduler.init_noise_sigma)
+        sigmas = scheduler.sigmas  # float32, and so are all numbers that come from them, as in diffusers
+        self.sigmas: list[float] = sigmas.tolist()
+        self.moves: list[float] = (sigmas[1:] - sigmas[:-1]).tolist()
+        self.powers: list[float] = (sigmas**2 + 1).tolist()
+        self.roots: list[float] = ((sigmas**2 + 1) ** 0.5).tolist()
+        self.velocity: list[float] = (-sigmas / (sigmas**2 + 1) ** 0.5).tolist()
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise * self._largest
+        return noise * self.largest
 
     def scaled(self, i: int, x: Tensor) -> Tensor:
-        return x / float((self.sigmas[i] ** 2 + 1) ** 0.5)
+        return x / self.roots[i]
 
     def advance(self, i: int, x: Tensor, prediction: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        sigma = self.sigmas[i]
         if self.prediction == "epsilon":
-            clean = x - float(sigma) * prediction
+            clean = x - self.sigmas[i] * prediction
         elif self.prediction == "sample":
             clean = prediction
         else:
-            clean = prediction * float(-sigma / (sigma**2 + 1) ** 0.5) + x / float(sigma**2 + 1)
-        slope = (x - clean) / float(sigma)
-        return x + slope * float(self.sigmas[i + 1] - sigma), None
+            clean = prediction * self.velocity[i] + x / self.powers[i]
+        return x + (x - clean) / self.sigmas[i] * self.moves[i], None
 
 
 class DpmSteps:
@@ -68,11 +71,16 @@ class DpmSteps:
 
     def __init__(self, scheduler: Any) -> None:
         self.times = scheduler.timesteps.detach().clone().float()
-        sigmas = scheduler.sigmas.detach().clone()
         self.prediction = scheduler.config.prediction_type
-        self.alphas = 1 / (sigmas**2 + 1) ** 0.5
-        self.sigmas = sigmas * self.alphas
-        self.lambdas = torch.log(self.alphas) - torch.log(self.sigmas)
+        sigmas = scheduler.sigmas  # float32, as above
+        alphas = 1 / (sigmas**2 + 1) ** 0.5
+        sigmas = sigmas * alphas
+        h = (torch.log(alphas) - torch.log(sigmas)).diff()
+        self.alphas: list[float] = alphas.tolist()
+        self.sigmas: list[float] = sigmas.tolist()
+        self.shrink: list[float] = (sigmas[1:] / sigmas[:-1]).tolist()
+        self.grow: list[float] = (alphas[1:] * (torch.exp(-h) - 1.0)).tolist()
+        self.weights: list[float] = [0.0, *(1.0 / (h[:-1] / h[1:])).tolist()]
 
     def start(self, noise: Tensor) -> Tensor:
         return noise
@@ -81,17 +89,14 @@ class DpmSteps:
         return x
 
     def advance(self, i: int, x: Tensor, prediction: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        alpha, sigma = float(self.alphas[i]), float(self.sigmas[i])
+        alpha, sigma = self.alphas[i], self.sigmas[i]
         if self.prediction == "epsilon":
             clean = (x - sigma * prediction) / alpha
         elif self.prediction == "sample":
             clean = prediction
         else:
             clean = alpha * x - sigma * prediction
-        h = self.lambdas[i + 1] - self.lambdas[i]
-        grow = self.alphas[i + 1] * (torch.exp(-h) - 1.0)
-        result = float(self.sigmas[i + 1] / self.sigmas[i]) * x - float(grow) * clean
+        result = self.shrink[i] * x - self.grow[i] * clean
         if memory is not None and i + 1 < len(self.times):
-            r = (self.lambdas[i] - self.lambdas[i - 1]) / h
-            result = result - float(0.5 * grow) * (float(1.0 / r) * (clean - memory))
+            result = result - 0.5 * self.grow[i] * (self.weights[i] * (clean - memory))
         return result, clean
