@@ -23,6 +23,7 @@ MODELS = {
     "stages": "a cross-attention layer whose text changes by stage, against plain text",
     "vae": "the decode of latents at full size, diffusers' against ours",
     "latency": "whole pictures by part and batch size, and a photo's enrolment",
+    "train": "memory and work of a training step through four steps of SDXL, by shapes alone",
     "serving": "requests of different people at once, one by one against batches",
 }
 

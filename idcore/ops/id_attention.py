@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..backends import reference, sdpa
 from ..backends.call import Args
@@ -91,9 +92,13 @@ def id_attention(
     module = dispatch.load(dispatch.choose(call, backend))
     if out is not None:
         _check_out(out, a, call.needs_grad)
-    if module.DIFFERENTIABLE or not call.needs_grad:
+    if module.DIFFERENTIABLE:
         return module.forward(a, out)
-    return _train(a, module.NAME)
+    if call.needs_grad:
+        return _train(a, module.NAME)
+    if isinstance(q, FakeTensor):  # shapes without memory: nothing for a kernel to read
+        return _infer(a, module.NAME) if out is None else out
+    return module.forward(a, out)
 
 
 def _traced(a: Args, backend: str | None, out: Tensor | None) -> Tensor:
