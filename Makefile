@@ -1,17 +1,21 @@
-# The list of commands. `make demo` and `make test` each do everything from a bare checkout.
+# The list of commands. `make demo`, `make train-demo` and `make test` each do everything from a bare checkout.
 VENV   ?= .venv
 PYTHON ?= python3
 OUT    ?= demo_out
+TRAIN_OUT ?= train_demo_out
 # ONNX Runtime for the face encoders: cpu, or gpu on a CUDA machine. Never both.
 EXTRA  ?= cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*.txt) CMakeLists.txt setup.py
 
-.PHONY: demo test build lint format bench clean
+.PHONY: demo train-demo test build lint format bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/idcore demo --out $(OUT)
+
+train-demo: $(VENV)/.train
+	$(BIN)/python -m idcore.training.pulid.demo --out $(TRAIN_OUT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -24,6 +28,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) -e ".[$(EXTRA)]"
+	touch $@
+
+$(VENV)/.train: $(VENV)/.run
+	$(PIP) -e ".[$(EXTRA),train,bench]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
@@ -47,4 +55,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m idcore.bench id_attention --backend cpu --against eager,compiled
 
 clean:
-	rm -rf build dist $(OUT) *.egg-info
+	rm -rf build dist $(OUT) $(TRAIN_OUT) *.egg-info

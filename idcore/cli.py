@@ -11,12 +11,12 @@ import typer
 
 from .cli_evaluate import evaluate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
+from .cli_train import app as train_app
 from .errors import IdcoreError
 
 app = typer.Typer(
     help="Identity-customised text-to-image diffusion, fast.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-train_app = typer.Typer(help="Train a system.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 app.command()(evaluate)
 
@@ -221,27 +221,6 @@ def doctor(
         typer.echo(as_text(reports, home, long=bool(names)))
     if names and not all(r.complete for r in reports):
         raise typer.Exit(1)
-
-
-@train_app.command("tiny")
-def train_tiny(
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoints, the drawn people and the exported model.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
-    iterations: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 10_000,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per worker and step.")] = 24,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, one CPU thread each.")] = 1,
-    recogniser_from: Annotated[int, typer.Option(min=0, help="Step from which the identity loss counts.")] = 6_000,
-    people: Annotated[int, typer.Option(min=500, help="Procedural people to draw, in 500s.")] = 30_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
-) -> None:
-    """Train the embedded model on procedural people that are drawn here; resumable."""
-    from .workflows import train_tiny_model
-
-    folder = train_tiny_model(
-        out, resume=resume, iterations=iterations, batch=batch, workers=workers, recogniser_from=recogniser_from,
-        shards=people // 500, seed=seed,
-    )  # fmt: skip
-    typer.echo(f"{folder}: use it with `idcore generate --base {folder}`", err=True)
 
 
 @app.command()

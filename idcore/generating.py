@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .workflows import analyzer, face_choice, save_picture, writable_folder, write_text
+from .results import is_result
+from .workflows import (
+    analyzer,
+    chosen_files,
+    face_choice,
+    preset_of,
+    save_picture,
+    writable_folder,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,9 +133,10 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
     from .identity import Identity
     from .sampling.tiny_pipeline import TinyPipeline
 
-    if r.system not in ("auto", "tiny"):
+    if r.system not in ("auto", "tiny") and not is_result(r.system):
         raise InputError(
-            f'generate: base "tiny" works with system "tiny", got {r.system!r}; give --base FOLDER for SDXL'
+            f'generate: base "tiny" works with system "tiny" or the result folder of a training on it, got '
+            f"{r.system!r}; give --base FOLDER for SDXL"
         )
     pipe = TinyPipeline.from_package() if r.base == "tiny" else TinyPipeline.from_folder(r.base)
     given = [f"--{n}" for n in ("mask", "layout", "unet-weights", "quantize", "offload") if _given(r, n)]
@@ -135,6 +145,8 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
         raise InputError(f'generate: {what}: base "tiny" draws one person everywhere; give --base FOLDER for SDXL')
     who = next(iter(r.people()), None)
     photo = who is not None and not is_saved(who)
+    if is_result(r.system):
+        pipe = pipe.with_system(_result_system(r, for_photos=photo))
     identity = None
     if who is not None:
         identity = pipe.encode(who, analyzer(r.faces), face_choice(r.choose)) if photo else Identity.load(who)
@@ -155,6 +167,15 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
 
 def _given(r: GenerateRequest, option: str) -> bool:
     return bool(getattr(r, {"mask": "masks"}.get(option, option.replace("-", "_"))))
+
+
+def _result_system(r: GenerateRequest, *, for_photos: bool) -> Any:
+    """The system of a training's result folder."""
+    from .systems.loading import load_system
+
+    files = chosen_files(r.system, {}, for_photos=for_photos)
+    preset = preset_of(r.system, r.preset)
+    return load_system(**files, policy=face_choice(r.choose), preset=preset, for_photos=for_photos)
 
 
 def similarity_report(photo: Path, pictures: Sequence[Image.Image], *, choose: str = "largest") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, WeightsError
-from .workflows import check_system, chosen_files, face_choice
+from .workflows import check_system, chosen_files, face_choice, preset_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +81,7 @@ def _people(r: GenerateRequest) -> tuple[Any, list[Any]]:
     names = ("weights", "vision", "parsing", "retinaface", "faces")
     photo = any(f is None for f in found)
     files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photo)
-    system = load_system(**files, policy=face_choice(r.choose), preset=r.preset, for_photos=photo)
+    system = load_system(**files, policy=face_choice(r.choose), preset=preset_of(r.system, r.preset), for_photos=photo)
     return system, [system.encode([p]) if f is None else f for p, f in zip(people, found, strict=True)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import IdcoreError, InputError
+from .results import is_result, read_result
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +40,7 @@ def encode_photos(
     Args:
         photos: one or several files (JPEG, PNG, WEBP).
         system: "tiny"; "pulid", "faceid", "instantid", "dreamidentity", "auto" (what `weights` holds); or a fetched
-            recipe, such as "pulid-v1.1".
+            recipe, such as "pulid-v1.1"; or a training's result folder.
         weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
         faces: "embedded" or a folder with SCRFD and ArcFace models.
         choose: which face: "largest", "center", "only", or a number.
@@ -76,19 +77,20 @@ def encode_photos(
 
 
 def check_system(system: str) -> None:
-    """Raise InputError unless `system` is the name of one or of a recipe."""
+    """Raise InputError unless `system` is the name of one, of a recipe, or a training's result folder."""
     from .recipes import RECIPES
     from .systems.loading import SYSTEMS
 
-    if system not in ("auto", *SYSTEMS) and system not in RECIPES:
+    if system not in ("auto", *SYSTEMS) and system not in RECIPES and not is_result(system):
         raise InputError(
-            f'system must be "tiny" (embedded model), "auto", {", ".join(SYSTEMS)}, or a fetched recipe such as '
-            f'"pulid-v1.1", got {system!r}'
+            f'system must be "tiny" (embedded model), "auto", {", ".join(SYSTEMS)}, a fetched recipe such as '
+            f'"pulid-v1.1", or the result folder of a training, got {system!r}'
         )
 
 
 def chosen_files(system: str, files: dict[str, Any], *, for_photos: bool) -> dict[str, Any]:
-    """Arguments of `load_system`: the files given, over those of the fetched recipe where `system` is the name of one.
+    """Arguments of `load_system`: the files given, over those of the fetched recipe where `system` is the name of one,
+    or those of the result folder that it names.
 
     Raises:
         InputError: an unknown system.
@@ -98,11 +100,20 @@ def chosen_files(system: str, files: dict[str, Any], *, for_photos: bool) -> dic
     from .systems.loading import SYSTEMS, fetched
 
     check_system(system)
+    if is_result(system):
+        found = read_result(system)
+        given = {k: v for k, v in files.items() if v is not None}
+        return {"system": found.system, "features": found.features, "weights": Path(system) / found.weights, **given}
     as_recipe = system in RECIPES and (system not in SYSTEMS or files.get("weights") is None)
     if not as_recipe:
         return {"system": system, **files}
     given = {k: v for k, v in files.items() if v is not None and (k, v) != ("faces", "embedded")}
     return {**fetched(system, for_photos=for_photos), **given}
+
+
+def preset_of(system: str, preset: str | None) -> str | None:
+    """The mode that was asked for, else that of the result folder which `system` names."""
+    return read_result(system).mode if preset is None and is_result(system) else preset
 
 
 def mix_identities(files: Sequence[Path], out: Path, weights: str | None = None) -> Identity:

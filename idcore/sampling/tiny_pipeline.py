@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ class TinyPipeline:
         self.model = model.eval().requires_grad_(False)
         self.config = config or {}
         self._lock = threading.Lock()
+        self._other: Any = None
+        self._somebody: Tensor | None = None
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -57,7 +59,20 @@ class TinyPipeline:
     @property
     def system(self):
         """The identity system that `idcore.attach` takes."""
-        return self.model.system
+        return self._other or self.model.system
+
+    def with_system(self, system: Any) -> TinyPipeline:
+        """The same model with another system on its UNet, such as a PuLID that was trained on it.
+
+        The model's own reference then shows an average face, with and without identity, as in that training
+        (`training.tiny.somebody`); `id_scale` acts on the attention alone.
+        """
+        from ..training.tiny.somebody import somebody
+
+        made = TinyPipeline(self.model, self.config)
+        made._lock = self._lock  # one UNet
+        made._other, made._somebody = system, somebody(self.model)
+        return made
 
     @classmethod
     def from_package(cls) -> TinyPipeline:
@@ -103,6 +118,10 @@ class TinyPipeline:
 
     def encode(self, photos: ImageLike | Sequence[ImageLike], analyzer=None, choose="largest") -> Identity:
         """One person's photo or photos to an identity (see `idcore.systems.tiny_encode.encode_photos`)."""
+        if self._other is not None:
+            if analyzer is not None:
+                raise InputError(f"{self.system.name} reads photos with its own preprocessing; leave the analyzer out")
+            return self.system.encode(photos)
         from ..systems.tiny_encode import encode_photos
 
         return encode_photos(self.system, photos, analyzer, choose)
@@ -212,7 +231,7 @@ class TinyPipeline:
         size, n = self.model.config.size // 2, len(jobs)
         first = next((j.identity for j in jobs if j.identity is not None), None)
         if first is None:
-            yield None, 0.0, torch.zeros(n, self.model.reference_channels, size, size)
+            yield None, 0.0, self._idle(torch.zeros(n, self.model.reference_channels, size, size))
             return
         if all((j.identity, j.id_scale) == (first, jobs[0].id_scale) for j in jobs):
             people, scale, strengths = first, jobs[0].id_scale, [jobs[0].id_scale]
@@ -220,10 +239,17 @@ class TinyPipeline:
             people = Identity.batch([j.identity or first for j in jobs])
             strengths = [j.id_scale for j in jobs]
             scale = torch.tensor([strengths])
-        faded = torch.tensor(strengths).clamp(max=1.0)[:, None, None, None]
-        reference = torch.cat(self.model.reference(people.tokens.cpu()), 1) * faded
+        if self._somebody is not None:
+            reference = self._somebody
+        else:
+            faded = torch.tensor(strengths).clamp(max=1.0)[:, None, None, None]
+            reference = torch.cat(self.model.reference(people.tokens.cpu()), 1) * faded
         with attach(self.unet, self.system, people, id_scale=scale, cfg=False, backend=backend) as handle:
             yield handle, scale, reference.expand(n, -1, -1, -1)
+
+    def _idle(self, like: Tensor) -> Tensor:
+        """The reference where nobody acts."""
+        return torch.zeros_like(like) if self._somebody is None else self._somebody.expand_as(like)
 
     def _run(
         self, jobs: list[Drawing], acts: list[bool], backend: str | None, before_pass: Callable[[], None]
@@ -239,7 +265,7 @@ class TinyPipeline:
                 act = next(passes)
                 if handle is not None and not all(acts):
                     handle.scale(scale if act else 0.0)
-                return model(x, t, text, pooled, reference if act else torch.zeros_like(reference))
+                return model(x, t, text, pooled, reference if act else self._idle(reference))
 
             return sample(predict, noise, len(acts))
 

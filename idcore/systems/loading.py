@@ -93,6 +93,7 @@ def load_system(
     faces: str = "embedded",
     policy: str | int = "largest",
     preset: str | None = None,
+    features: str = "pulid",
     for_photos: bool = True,
 ) -> Any:
     """A system with its weights.
@@ -106,6 +107,8 @@ def load_system(
         faces: "embedded", or a folder with SCRFD and ArcFace models.
         policy: Which face of a photo.
         preset: PuLID: its mode.
+        features: PuLID: what its encoder reads of photos: "pulid", as published, or "tiny-pulid" (the embedded
+            recogniser alone; own trainings).
         for_photos: Whether photos will be encoded; otherwise no face models are loaded.
 
     Raises:
@@ -131,6 +134,8 @@ def load_system(
         raise WeightsError(f"wanted weights of {system}, {weights} holds {found}")
     if found == "pulid":
         files = {"vision": vision, "parsing": parsing, "retinaface": retinaface}
+        if features == "tiny-pulid":
+            return _pulid_of_dlib(weights, policy, preset, for_photos)
         return _pulid(weights, files, faces, policy, preset, for_photos)
     if found == "sefi-ide":
         raise InputError(
@@ -163,6 +168,17 @@ def _pulid(weights: Path, files: dict[str, Any], faces: str, policy: Any, preset
         preprocess = PuLIDPreprocess.from_weights(
             _analyzer(faces), files["vision"], files["parsing"], files["retinaface"], policy=policy
         )
+    return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
+
+
+def _pulid_of_dlib(weights: Path, policy: Any, preset: str | None, for_photos: bool) -> Any:
+    from idcore.systems.pulid import PuLID
+
+    preprocess = None
+    if for_photos:
+        from idcore.encoders.dlib_tokens import DlibTokens
+
+        preprocess = DlibTokens(policy=policy)
     return PuLID.from_weights(weights, mode=preset, preprocess=preprocess)
 
 

@@ -33,6 +33,7 @@ PRESETS: dict[str, AttentionOptions] = {
     "fidelity": AttentionOptions("ortho_v2", num_zero=8, num_global=5),
     "style": AttentionOptions("ortho", num_zero=16, num_global=5),
     "v1.1": AttentionOptions("ortho_v2", num_zero=20, num_global=5),
+    "plain": AttentionOptions("add", num_zero=0, num_global=5),  # the paper's sum, and what training uses
 }
 
 
@@ -75,7 +76,7 @@ class PuLID(OneBlock):
 
     Args:
         config: Sizes; the published v1 ones by default.
-        mode: "fidelity", "style" or "v1.1" (see ``PRESETS``); by default "fidelity" for v1, "v1.1" for v1.1.
+        mode: "fidelity", "style", "v1.1" or "plain" (see ``PRESETS``); by default "fidelity" for v1, "v1.1" for v1.1.
         preprocess: Called by :meth:`encode` with photos of one person; gives :class:`PuLIDFeatures`. Usually
             ``idcore.encoders.pulid_preprocess.PuLIDPreprocess``.
     """

@@ -67,7 +67,7 @@ def load(cls: type[T], path: str | Path | None = None, changes: Sequence[str] = 
     """
     values, where = ({}, "settings") if path is None else (read(path), str(path))
     for text in changes:
-        _insert(values, text)
+        insert(values, text)
     return build(cls, values, where)
 
 
@@ -105,7 +105,7 @@ def _yaml(text: str, where: str) -> Any:
         raise InputError(f"{where} is not YAML: {' '.join(str(e).split())}") from e
 
 
-def _insert(values: dict[str, Any], text: str) -> None:
+def insert(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

@@ -37,13 +37,14 @@ class TextCache:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise InputError(f"prompts: wanted a list of one or more strings, got {prompts!r:.80}")
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
-        if missing:
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._rows:
+                continue
+            # One by one: the last bits of a row hang on the batch it is in, and a resumed run meets other batches.
             with torch.no_grad():
-                embeds, pooled = self._encode(missing)
-            for i, prompt in enumerate(missing):
-                row = embeds[i].detach().cpu().clone()
-                self._rows[prompt] = row, None if pooled is None else pooled[i].detach().cpu().clone()
+                embeds, pooled = self._encode([prompt])
+            row = embeds[0].detach().cpu().clone()
+            self._rows[prompt] = row, None if pooled is None else pooled[0].detach().cpu().clone()
         for prompt in prompts:
             self._rows.move_to_end(prompt)
         rows = [self._rows[p] for p in prompts]

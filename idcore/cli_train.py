@@ -1,0 +1,65 @@
+"""`idcore train ...`: the embedded model, and PuLID."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train a system.", no_args_is_help=True)
+
+
+@app.command("tiny")
+def train_tiny(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoints, the drawn people and the exported model.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 10_000,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per worker and step.")] = 24,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one CPU thread each.")] = 1,
+    recogniser_from: Annotated[int, typer.Option(min=0, help="Step from which the identity loss counts.")] = 6_000,
+    people: Annotated[int, typer.Option(min=500, help="Procedural people to draw, in 500s.")] = 30_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
+) -> None:
+    """Train the embedded model on procedural people that are drawn here; resumable."""
+    from .workflows import train_tiny_model
+
+    folder = train_tiny_model(
+        out, resume=resume, iterations=iterations, batch=batch, workers=workers, recogniser_from=recogniser_from,
+        shards=people // 500, seed=seed,
+    )  # fmt: skip
+    typer.echo(f"{folder}: use it with `idcore generate --base {folder}`", err=True)
+
+
+@app.command("pulid")
+def train_pulid(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run: stage1, stage2, stage3, and model, the result.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data of `idcore prepare`, or pictures with captions: prepared first.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings: YAML or JSON. See --print-config.")] = None,
+    stage: Annotated[str, typer.Option(help='1 (L_diff), 2 (+ L_id), 3 (+ L_align), "all", or such as "2,3".')] = "all",
+    base: Annotated[
+        str | None, typer.Option(help='"tiny" (embedded, 64 pixels), or a folder with an SDXL pipeline.')
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out where it stopped.")] = False,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting over the file's: loss.identity=0.5. May be repeated.")
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ from the resumed run's: lr, data, ...")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings with their sources, as YAML, and stop.")
+    ] = False,
+) -> None:
+    """Train PuLID (arXiv 2404.16022) in its three stages; resumable at any moment."""
+    from .training.pulid.command import run_command
+
+    for line in run_command(
+        out=out, data=data, config=config, stage=stage, base=base, resume=resume, changes=change or [],
+        allow_change=allow_change or [], print_config=print_config, say=lambda text: typer.echo(text, err=True),
+    ):  # fmt: skip
+        typer.echo(line)
