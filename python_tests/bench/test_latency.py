@@ -11,6 +11,7 @@ from PIL import Image
 
 from idcore.bench import latency, unets
 from idcore.errors import InputError
+from idcore.testing.tiny_models import tiny_pipeline
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -32,6 +33,17 @@ def test_parts_of_the_tiny_base_add_up(tmp_path):
     enrolment = report["enrolment"]
     assert 0 < enrolment["embed_s"] < enrolment["photo_to_tokens_s"]
     assert Image.open(plot).size == (1080, 420)
+
+
+def test_parts_of_sdxl_add_up(monkeypatch):
+    monkeypatch.setattr(unets, "sdxl_pipeline", lambda dtype, device: tiny_pipeline("sdxl"))
+    with torch.no_grad():
+        report = latency.run(
+            options("--base", "sdxl-random", "--size", "16", "--batches", "1", "--rounds", "2", "--steps", "2")
+        )
+    (r,) = report["rows"]
+    assert min(r["encode_s"], r["sample_s"], r["decode_s"], r["other_s"]) > 0 and report["enrolment"] is None
+    assert r["encode_s"] + r["sample_s"] + r["decode_s"] < r["p50_s"]
 
 
 def test_a_stopwatch_counts_modules_and_calls():
