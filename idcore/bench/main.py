@@ -80,11 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if getattr(options, "clock", "wall") == "cpu" and options.threads != 1:
         raise SystemExit("bench: --clock cpu adds up all threads and their waiting; use it with --threads 1")
+    threads = torch.get_num_threads()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.command in ("gpu", "roofline"):
-        return (gpu if options.command == "gpu" else roofline).run(options)
-    torch.set_grad_enabled(False)
+    try:
+        if options.command in ("gpu", "roofline"):
+            return (gpu if options.command == "gpu" else roofline).run(options)
+        with torch.no_grad():
+            return _report(options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _report(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
     if options.command == "peak":
         report["rows"] = peak.rows(torch.get_num_threads())

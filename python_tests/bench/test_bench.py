@@ -19,12 +19,6 @@ from idcore.testing.timing import interleaved, percentile
 SMALL = Case("small", "test", heads=2, lq=20, lt=7, li=(3,), num_zero=2)
 
 
-@pytest.fixture(autouse=True)
-def _grad_stays_on():
-    yield
-    torch.set_grad_enabled(True)
-
-
 @pytest.mark.parametrize("merge", ("none", "add", "ortho", "ortho_v2"))
 def test_eager_yardstick_is_the_same_operator(merge):
     case = SMALL.with_(merge=merge, mask=True, li=(3, 6), batch=2, tensor_scale=True)
@@ -153,3 +147,10 @@ def test_wrong_arguments_name_the_choices(capsys, arguments, text):
     with pytest.raises(SystemExit):
         main(arguments)
     assert text in capsys.readouterr().err
+
+
+def test_a_run_leaves_gradients_and_threads_as_they_were(capsys):
+    before = torch.get_num_threads()
+    main(["peak", "--threads", str(before + 1), "--json"])
+    assert torch.is_grad_enabled() and torch.get_num_threads() == before
+    assert json.loads(capsys.readouterr().out)["threads"] == before + 1

@@ -145,9 +145,9 @@ def _guarded(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
         return None
 
 
+@torch.no_grad()
 def run(_: Any = None, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
     """All rows, the whole UNet's layers, and the other ops."""
-    torch.set_grad_enabled(False)
     calls.warm("timed", "triton")
     problems: list[str] = []
     bandwidth = copy_bandwidth(megabytes=1024, device="cuda")
