@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,19 @@ def _claim(folder: Path, maker: Maker, people: Sequence[Person]) -> None:
     write_text(path, json.dumps(mine, indent=1))
 
 
+def _folder_key(folder: Path, ends: int = 1 << 20) -> str:
+    """Hash over names, sizes and both ends of a model folder's files: gigabytes are not read for it."""
+    h = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin", ".json", ".txt")):
+        size = path.stat().st_size
+        h.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as f:
+            h.update(f.read(ends))
+            f.seek(max(0, size - ends))
+            h.update(f.read(ends))
+    return h.hexdigest()[:16]
+
+
 def _differences(there: dict, maker: Maker) -> str:
     names = sorted(k for k in there.keys() | maker.key.keys() if there.get(k) != maker.key.get(k))
     return ", ".join(f"{k} {there.get(k)!r}, now {maker.key.get(k)!r}" for k in names)
@@ -189,8 +203,7 @@ def sdxl_maker(
             ).images  # fmt: skip
         return made
 
-    index = file_hash(Path(base) / "model_index.json")
-    key = {"base": str(base), "index": index, "system": getattr(system, "name", None), "steps": steps}
+    key = {"base": str(base), "files": _folder_key(Path(base)), "system": getattr(system, "name", None), "steps": steps}
     key |= {"id_scale": id_scale, "guidance": guidance, "width": width, "height": height, "negative": negative}
     key["weights"] = file_hash(weights) if weights else None
     return Maker(key, draw, encode, recogniser, batch=4)
