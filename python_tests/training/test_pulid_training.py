@@ -20,7 +20,8 @@ from idcore.training.pulid.run import Models, new_system, train_pulid
 from idcore.training.settings import as_text, load
 
 SMALL = (
-    "stage1.steps=2", "stage2.steps=2", "stage3.steps=2", "loop.batch=2", "loop.warmup=0", "loop.validate_every=0",
+    "stage1.steps=2", "stage2.steps=2", "stage3.steps=2", "loop.batch=2", "stage2.batch=2",
+    "stage3.batch=2", "loop.warmup=0", "loop.validate_every=0",
     "loop.save_every=1", "loop.trackers=", "encoder.width=16", "encoder.output_dim=24", "loop.ema=0.5",
 )  # fmt: skip
 

@@ -231,7 +231,9 @@ TINY: dict[str, Any] = {
     "encoder": {"width": 128, "output_dim": 128, "init": "zero"},
     "loss": {"alignment_prompts": "tiny", "identity_prompt": "a portrait", "checkpoint_steps": False},
     "loop": {"batch": 8, "lr": 1e-3, "ema": 0.99, "warmup": 20, "save_every": 100, "validate_every": 100},
-    "stage1": {"steps": 600}, "stage2": {"steps": 300}, "stage3": {"steps": 300},
+    "stage1": {"steps": 600},
+    "stage2": {"steps": 300, "lr": 2e-3, "batch": 4},
+    "stage3": {"steps": 300, "lr": 2e-3, "batch": 4},
 }  # fmt: skip
 
 

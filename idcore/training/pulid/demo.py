@@ -30,8 +30,8 @@ UNSEEN = 4
 PICTURES = 240
 # Our choice: what shows each stage's effect in the time.
 CHANGES = (
-    "stage1.steps=300", "stage2.steps=120", "stage3.steps=140", "stage2.batch=4", "stage3.batch=4", "loop.ema=0.95",
-    "loop.validate_every=60", "loop.save_every=60", "loop.keep=1",
+    "stage1.steps=200", "stage2.steps=120", "stage3.steps=140", "loop.ema=0.95", "loop.validate_every=60",
+    "loop.save_every=60", "loop.keep=1",
 )  # fmt: skip
 LINE = 14
 
