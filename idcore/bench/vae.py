@@ -20,7 +20,7 @@ from .unets import sdxl_vae
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FLOORS = {"fp32": 1e-6, "bf16": 1e-5, "fp16": 1e-5}
 PARITY_SIZE = 64  # pixels
-VARIANTS = ("diffusers", "contiguous", "channels_last", "compiled", "graph")
+VARIANTS = ("diffusers", "ours", "contiguous", "channels_last", "compiled", "graph")
 
 
 def stock_decode(vae: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -67,7 +67,8 @@ def _calls(vae: nn.Module, latents: Tensor, dtype: str, wanted: tuple[str, ...])
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "diffusers": lambda: partial(stock_decode(stock), latents),
         "contiguous": lambda: partial(ours(channels_last=False), latents),
-        "channels_last": lambda: partial(ours(), latents),
+        "channels_last": lambda: partial(ours(channels_last=True), latents),
+        "ours": lambda: partial(ours(), latents),
         "compiled": lambda: partial(ours(compile=True), latents),
         "graph": lambda: captured(ours(compile="compiled" in wanted), latents),
     }
@@ -127,7 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=some_of(dtypes), default=("fp32", "bf16"), help=f"some of {', '.join(dtypes)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--variants", type=some_of(VARIANTS), default=VARIANTS, help=f"some of {', '.join(VARIANTS)}; graph: on a GPU"
+        "--variants",
+        type=some_of(VARIANTS),
+        default=("diffusers", "ours", "compiled", "graph"),
+        help=f"some of {', '.join(VARIANTS)}; graph: on a GPU",
     )
     parser.add_argument("--rounds", type=int, default=5, help="interleaved decodes of each variant")
     parser.add_argument("--warmup", type=int, default=1)

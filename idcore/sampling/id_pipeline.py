@@ -87,7 +87,9 @@ class IDPipeline:
             raise InputError(f'decode_in_graph puts the decode into the graph of runner="graph", got runner={runner!r}')
         self._base_scheduler = scheduler_by_name(sampler, pipe.scheduler.config, pipe.scheduler)
         self.pipe, self.system, self.runner = pipe, system, runner
-        self.decoder = LatentDecoder(pipe.vae, vae_dtype, compile=vae_compile, memory=vae_memory)
+        self.decoder = LatentDecoder(
+            pipe.vae, vae_dtype, compile=vae_compile, memory=vae_memory, device=pipe._execution_device
+        )
         self.graphs = LoopGraphs(pipe.unet, self.decoder) if runner == "graph" else None
         self.decode_in_graph = decode_in_graph
         self._seat = Seat(self, system, backend, as_data=runner == "graph")

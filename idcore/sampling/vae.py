@@ -27,7 +27,8 @@ class LatentDecoder:
         vae: diffusers' AutoencoderKL; its weights change dtype, memory format and, in float16, the decoder's scale.
         dtype: "float32", "bfloat16", "float16", or "auto": as the weights are, but where they are float16 and the
             configuration forces an upcast, float32 on a CPU (which gains nothing from float16).
-        channels_last: weights and activations in that order, the faster one for convolutions.
+        channels_last: weights and activations in that order, the faster one for convolutions; default: but for
+            float32 on a CPU, where PyTorch's group norms and convolutions are several times less accurate in it.
         compile: `torch.compile` the decoder, True for inductor or another backend's name; a first call of a size, and
             of a second size, compiles.
         memory: GB that a decode may take by the estimate of `vae_tiles.decode_bytes`; default 0.8 of what is free on
@@ -44,7 +45,7 @@ class LatentDecoder:
         self,
         vae: nn.Module,
         dtype: str = "auto",
-        channels_last: bool = True,
+        channels_last: bool | None = None,
         compile: bool | str = False,
         memory: float | None = None,
         device: torch.device | str | None = None,
@@ -60,9 +61,9 @@ class LatentDecoder:
             )
         self.vae, self.memory = vae, memory
         self._moments: tuple[Tensor, Tensor] | None = None
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last, self._on_cpu = channels_last, _kind(device, vae) == "cpu"
         wanted = vae.dtype if dtype == "auto" else DTYPES[dtype]
-        if dtype == "auto" and wanted == torch.float16 and vae.config.force_upcast and _kind(device, vae) == "cpu":
+        if dtype == "auto" and wanted == torch.float16 and vae.config.force_upcast and self._on_cpu:
             wanted = torch.float32
         scaled = wanted == torch.float16 and vae.config.force_upcast and self.scale == 1 and not streamed
         if scaled:
@@ -79,6 +80,14 @@ class LatentDecoder:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype  # diffusers' own property walks through all modules
+
+    @property
+    def format(self) -> torch.memory_format:
+        """Order of weights and activations in memory."""
+        last = self._channels_last
+        if last is None:
+            last = not self._on_cpu or self.dtype != torch.float32
+        return torch.channels_last if last else torch.contiguous_format
 
     @property
     def scale(self) -> float:
@@ -173,6 +182,7 @@ class LatentDecoder:
         else:
             self._turn(torch.float32)
             set_residual_scale(self.vae.decoder, 1.0)
+            self.vae.to(memory_format=self.format)
 
     def _turn(self, dtype: torch.dtype) -> None:
         if _streamed(self.vae):

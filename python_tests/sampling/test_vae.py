@@ -28,6 +28,16 @@ def test_equal_to_the_autoencoder_itself():
     assert torch.equal(LatentDecoder(tiny_vae(), channels_last=False)(LATENTS), wanted)
 
 
+def test_the_order_of_memory_follows_dtype_and_device():
+    for dtype, last in (("float32", False), ("bfloat16", True), ("float16", True)):
+        decoder = LatentDecoder(tiny_vae(), dtype)
+        assert (decoder.format is torch.channels_last) == last
+        weight = decoder.vae.decoder.conv_in.weight
+        assert weight.is_contiguous(memory_format=decoder.format) and not (last and weight.is_contiguous())
+    assert LatentDecoder(tiny_vae(), device="cuda").format is torch.channels_last
+    assert LatentDecoder(tiny_vae(), channels_last=True).format is torch.channels_last
+
+
 def test_latents_with_a_mean_of_their_own():
     vae = tiny_vae()
     mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5]
