@@ -19,16 +19,19 @@ def test_one_recorded_loop_serves_other_people_and_prompts():
     small = {"layers_per_block": 1, "block_out_channels": (16, 32), "transformer_layers_per_block": 1}
     eager, other = (tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **small)) for _ in range(2))
     eager, graph = idcore.IDPipeline(eager, sampler="lightning"), idcore.IDPipeline(other, sampler="lightning")
-    graph.runner, graph.graphs = "graph", LoopGraphs(other.unet, record)
+    graph.runner, graph.graphs = "graph", LoopGraphs(other.unet, graph.decoder, record)
     recorded, inner = [], graph.graphs._recorded
     graph.graphs._recorded = lambda *a: recorded.append(1) or inner(*a)
+    people, how = [person(1), person(2)], {"placeholder": ["V*", "B*"], "backend": "reference"}
     pictures = []
-    for seed, prompt in ((1, "a V*"), (2, "a V*"), (2, "V* smiles")):
-        both = []
-        for pipe in (eager, graph):
-            with idcore.attach(pipe, None, person(seed), backend="reference"):
-                both.append(pipe(prompt, num_inference_steps=4, guidance_scale=2.0, output_type="latent",
-                                 generator=torch.Generator().manual_seed(0)).images)  # fmt: skip
-        assert (both[0] - both[1]).abs().max() < 1e-4 * both[0].abs().max()
-        pictures.append(both[0])
-    assert len(recorded) == 1 and not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+    with idcore.attach(eager, None, people, **how), idcore.attach(graph, None, people, **how):
+        for prompt in ("a V*", "a B*", "B* smiles"):
+            a, b = (
+                pipe(prompt, num_inference_steps=4, guidance_scale=2.0, output_type="latent",
+                     generator=torch.Generator().manual_seed(0)).images
+                for pipe in (eager, graph)
+            )  # fmt: skip
+            assert (a - b).abs().max() < 1e-4 * a.abs().max()
+            pictures.append(a)
+    assert len(recorded) == 1
+    assert all(not torch.allclose(a, pictures[0], atol=1e-3) for a in pictures[1:])
