@@ -92,6 +92,8 @@ def test_photo_to_pictures_with_a_faceid_that_reads_the_embedded_recogniser(tmp_
     photo = Path(idcore.__file__).parent / "assets/photos/astronaut.png"
     identity = encode_photos([photo], system="faceid", weights=weights)
     assert identity.system == "faceid" and identity.tokens.shape == (1, 4, width)
+    banked = encode_photos([photo], system="faceid", weights=weights, bank=tmp_path / "base")
+    assert torch.equal(banked.tokens, identity.tokens) and len(banked.banks) == 1 and not identity.banks
     identity.save(tmp_path / "me.safetensors")
     request = dict(prompt="x", base=str(tmp_path / "base"), weights=weights, steps=2, width=16, height=16)
 
