@@ -174,11 +174,12 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Pat
 def _words(table: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join([
         "# The parts of PuLID's objective, in small", "",
-        f"Table 2 of the paper repeated on the embedded 64 px model: means over {len(seeds)} seeds, with the spread "
-        f"between them. {PEOPLE} drawn people whom no training saw, {len(PROMPTS)} prompts each. The alignment's "
+        f"Table 2 of the paper repeated on the embedded 64 px model: means over {len(seeds)} seed(s), with the spread "
+        f"between several. {PEOPLE} drawn people whom no training saw, {len(PROMPTS)} prompts each. The alignment's "
         "distances are mean squares between the paths with and without identity. The recogniser that conditions and "
         "trains also judges: distances favour what it sees.", "",
         *table, "",
+        f"Changed settings: `{' '.join(CHANGES)}`.", "",
         "Runs and settings: `docs/results/pulid-ablation.json`. Again: `python -m idcore.training.pulid.ablation`.", "",
         "![curves of the first seed](pulid-ablation.png)",
     ])  # fmt: skip
