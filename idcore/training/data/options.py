@@ -36,7 +36,7 @@ class PrepareConfig:
     flip: bool = setting(False, "Also keep face features of the mirrored picture, so that a run may mirror it")
     half: bool = setting(True, "Keep face features in float16, else in float32")
     max_pixels: int = setting(100_000_000, "Larger pictures are not decoded", low=1)
-    chunk: int = setting(32, "Pictures, on average, between two savings", low=1)
+    chunk: int = setting(32, "Pictures between two savings: half to twice as many", low=1)
 
     def check(self) -> None:
         """Raise InputError for values that do not go together."""

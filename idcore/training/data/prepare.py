@@ -7,7 +7,7 @@
     OUT/index.jsonl, dropped.jsonl, manifest.json   of all chunks, written when all stand
 
 A chunk's name is a hash of the settings and of its pictures' names, sizes and times: a second run finds what stands,
-whoever made it, and a picture more or less changes one chunk. Which chunk a picture is in follows from the names alone.
+whoever made it, and a picture more or less changes a chunk or two. The pictures of a chunk follow from the names alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -145,12 +144,17 @@ def require_same(was: dict[str, Any], now: dict[str, Any], what: str, advice: st
         raise InputError(f"{what} with other settings: {told}; {advice}")
 
 
+def _bits(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
 def _chunks(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
-    """Cut where a name's checksum says so: a new picture moves no other boundary."""
+    """Half to twice `size` entries, cut where a name's hash says so: a new picture moves the boundaries near it."""
     part: list[Entry] = []
+    half = max(1, size // 2)
     for e in entries:
         part.append(e)
-        if zlib.crc32(e.id.encode()) % size == 0 or len(part) == 4 * size:
+        if len(part) == 2 * size or len(part) >= half and _bits(e.id) % half == 0:
             yield part
             part = []
     if part:
