@@ -12,11 +12,15 @@ from idcore.encoders.dlib_tokens import DlibTokens
 from idcore.encoders.eva_clip import EvaClipConfig, EvaClipVisual
 from idcore.encoders.pulid_preprocess import PuLIDPreprocess
 from idcore.errors import InputError
+from idcore.training.bases.tiny import TinyBase
 from idcore.training.data.faces import Faces, PuLIDFaces, pulid_features
+from idcore.training.data.latents import cache_latents
 from idcore.training.data.options import PrepareConfig
 from idcore.training.data.prepare import prepare
 from idcore.training.data.procedural import procedural_folder
 from idcore.training.data.source import PreparedSource
+from idcore.training.pulid.config import load_config
+from idcore.training.pulid.run import train_pulid
 
 EVA = EvaClipConfig(
     image_size=24, patch_size=8, width=16, depth=6, heads=2, mlp_dim=10, embed_dim=6, rope_grid=2, taps=(1, 2, 3, 4, 5)
@@ -60,6 +64,15 @@ def test_training_reads_what_inference_computes(tmp_path, drawn, kind):
     face = whole.analyzer.detect(drawn / batch.ids[0])[0]
     record = next(r for r in source.records if r.id == batch.ids[0])
     assert torch.allclose(torch.tensor(record.points), torch.from_numpy(face.points), atol=1e-3)
+
+
+def test_a_run_refuses_latents_of_another_autoencoder(tmp_path, drawn):
+    prepare(drawn, tmp_path / "data", PrepareConfig(resolution=64), progress=False)
+    base = TinyBase.from_package()
+    base.encode_pictures = lambda pixels: pixels * 0.5
+    cache_latents(tmp_path / "data", base, progress=False)
+    with pytest.raises(InputError, match="holds latents of 'idcore tiny', .* has another autoencoder; prepare"):
+        train_pulid(load_config(None, [], "tiny"), PreparedSource(tmp_path / "data"), tmp_path / "run")
 
 
 def test_the_command(tmp_path):

@@ -61,6 +61,8 @@ def train_pulid(
         raise InputError(f"PuLID's training has the stages 1, 2 and 3, got {stages}")
     out = writable_folder(Path(out))
     models = Models(config)
+    if hasattr(source, "check_base"):  # prepared data may hold latents of another autoencoder
+        source.check_base(models.base)
     for number in stages:
         folder = out / f"stage{number}"
         if is_result(folder / RESULT):
