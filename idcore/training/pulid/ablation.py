@@ -42,6 +42,7 @@ BRANCHES = {
     "stage 2": (2, {}),
     "stage 3": (3, {}),
 }
+_TITLE = "stage 1, then stage 2 and stage 3, each from the weights of stage 1 (first seed)"
 PICTURES = 240
 PEOPLE = 8
 PROMPTS = (0, 2, 3, 6)  # of the gate's: photo, pencil, oil, night
@@ -168,7 +169,7 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Pat
         lines.append(f"| {name} | " + " | ".join(_cell([r[k] for r in mine if k in r]) for k in COLUMNS) + " |")
     write_text(written[1], _words(lines, seeds))
     curves = _curves(out, seeds[0])
-    return [*written, *([draw_curves(curves, docs / "pulid-ablation.png")] if curves else [])]
+    return [*written, *([draw_curves(curves, docs / "pulid-ablation.png", _TITLE)] if curves else [])]
 
 
 def _words(table: Sequence[str], seeds: Sequence[int]) -> str:
