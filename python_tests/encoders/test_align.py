@@ -160,6 +160,23 @@ def test_torch_warp_is_the_warp_but_for_rounding_and_differentiable(resample, cu
     )
 
 
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_torch_warp_s_gradient_has_the_same_bits_with_many_threads(resample):
+    g = torch.Generator().manual_seed(0)
+    pictures = (torch.rand(2, 3, 64, 64, generator=g) * 255).requires_grad_()
+    matrices, weights = np.stack([similarity(0.1, 2.3, 1, 2)] * 2), torch.rand(2, 3, 150, 150, generator=g)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grads = [
+            torch.autograd.grad((warp_batch(pictures, matrices, 150, resample) * weights).sum(), pictures)[0]
+            for _ in range(8)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grads[0], other) for other in grads)
+
+
 def test_torch_warp_refuses_what_does_not_fit():
     with pytest.raises(InputError, match=r"images must be float \[N, 3, H, W\], got \[3, 4, 4\]"):
         warp_batch(torch.zeros(3, 4, 4), np.zeros((1, 2, 3)), 6)

@@ -141,7 +141,7 @@ def test_features_are_joined_along_the_right_axis():
 def test_photos_without_preprocessing_and_unknown_modes_are_named():
     with pytest.raises(InputError, match="photos need preprocess=PuLIDPreprocess"):
         tiny().encode(["me.jpg"])
-    with pytest.raises(InputError, match="mode must be one of 'fidelity', 'style', 'v1.1', got 'best'"):
+    with pytest.raises(InputError, match="mode must be one of 'fidelity', 'style', 'v1.1', 'plain', got 'best'"):
         tiny(mode="best")
 
 
