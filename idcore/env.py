@@ -99,12 +99,9 @@ def machine() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command that is running, as a user would type it."""
-    first = Path(sys.argv[0])
-    head = f"python -m {'idcore.' + first.parent.name if first.parent.name != 'idcore' else 'idcore.' + first.stem}"
-    if first.name in ("idcore", "idcore.exe"):
-        head = "idcore"
-    elif first.name != "__main__.py" and first.parent.name != "idcore":
-        head = first.name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = Path(sys.argv[0]).name.removesuffix(".exe")
+    head = f"python -m {spec.name.removesuffix('.__main__')}" if spec else script
     return " ".join([head, *sys.argv[1:]])
 
 
