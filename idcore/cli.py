@@ -12,7 +12,7 @@ import typer
 from .cli_evaluate import evaluate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
 from .cli_train import app as train_app
-from .errors import IdcoreError
+from .errors import told
 
 app = typer.Typer(
     help="Identity-customised text-to-image diffusion, fast.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -277,12 +277,7 @@ def env(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: errors of ours are one clear text and exit status 1 (128 + signal for a training that a signal
     stopped), no traceback."""
-    try:
-        app()
-    except IdcoreError as e:
-        code = getattr(e, "exit_code", 1)
-        typer.echo(str(e) if code > 128 else f"error: {e}", err=True)
-        sys.exit(code)
+    sys.exit(told(app))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class IdcoreError(Exception):
     """Base of all errors that idcore raises on purpose."""
@@ -29,3 +32,13 @@ class NoBackendError(IdcoreError, RuntimeError):
 
 class MissingDependencyError(IdcoreError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+def told(command: Callable[[], int | None]) -> int:
+    """Run a command. An error of ours becomes one line on standard error and its exit code (above 128: stopped)."""
+    try:
+        return command() or 0
+    except IdcoreError as e:
+        code = getattr(e, "exit_code", 1)
+        print(str(e) if code > 128 else f"error: {e}", file=sys.stderr, flush=True)
+        return code

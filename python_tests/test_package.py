@@ -70,3 +70,14 @@ def test_env_report_survives_and_is_json():
 def test_env_as_a_module():
     done = subprocess.run([sys.executable, "-m", "idcore.env", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["command"] == "python -m idcore.env --json"
+
+
+def test_a_command_tells_errors_in_one_line(capsys):
+    from idcore.errors import InputError, told
+
+    def fails():
+        raise InputError("wanted this, got that")
+
+    assert told(lambda: None) == 0 and told(lambda: 3) == 3
+    assert told(fails) == 1
+    assert capsys.readouterr().err == "error: wanted this, got that\n"

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from ...env import command_line, machine
+from ...errors import told
 from ...results import is_result
 from ...workflows import write_text
 from ..data.procedural import procedural_folder
@@ -213,10 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     seeds = [int(s) for s in options.seeds.split(",")]
-    rows = run(options.out, seeds, options.changes, say=lambda text: print(text, file=sys.stderr, flush=True))
-    for path in report(options.out, rows, options.docs or options.out / "report"):
-        print(path)
-    return 0
+
+    def all_of_it() -> None:
+        rows = run(options.out, seeds, options.changes, say=lambda text: print(text, file=sys.stderr, flush=True))
+        for path in report(options.out, rows, options.docs or options.out / "report"):
+            print(path)
+
+    return told(all_of_it)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ...encoders.analyzer import EmbeddedAnalyzer
 from ...env import command_line, machine
-from ...errors import InputError
+from ...errors import InputError, told
 from ...workflows import save_picture, writable_folder, write_text
 from ..data.procedural import procedural_folder
 from .card import draw_curves, read_lines
@@ -123,8 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], dest="changes", help="a setting, as of idcore train pulid"
     )
     options = parser.parse_args(argv)
-    print(words(run_demo(options.out, options.changes, say=lambda text: print(text, file=sys.stderr, flush=True))))
-    return 0
+
+    def run() -> None:
+        print(words(run_demo(options.out, options.changes, say=lambda text: print(text, file=sys.stderr, flush=True))))
+
+    return told(run)
 
 
 if __name__ == "__main__":
