@@ -36,3 +36,22 @@ Parsing = Annotated[Path | None, typer.Option(help="PuLID: BiSeNet face parsing 
 Retina = Annotated[
     Path | None, typer.Option("--retinaface", help="PuLID: RetinaFace weights, landmarks of the published chain.")
 ]
+
+# Of the training commands.
+TrainOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; model/ in it is the result.")]
+TrainConfig = Annotated[Path | None, typer.Option("--config", help="Settings: YAML or JSON. See --print-config.")]
+TrainBase = Annotated[
+    str | None,
+    typer.Option("--base", help='"tiny-sd" (embedded), or a folder with an SD 1.x, SD 2.x or SDXL pipeline.'),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")]
+Change = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting over the file's: loop.lr=1e-4. May be repeated.")
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", help="A setting that may differ from the resumed run's: lr, data, ..."),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings with their sources, as YAML, and stop.")
+]

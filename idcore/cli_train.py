@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainConfig
+
 app = typer.Typer(help="Train a system.", no_args_is_help=True)
 
 
@@ -39,21 +41,15 @@ def train_pulid(
     data: Annotated[
         Path | None, typer.Option(help="Prepared data of `idcore prepare`, or pictures with captions: prepared first.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings: YAML or JSON. See --print-config.")] = None,
+    config: TrainConfig = None,
     stage: Annotated[str, typer.Option(help='1 (L_diff), 2 (+ L_id), 3 (+ L_align), "all", or such as "2,3".')] = "all",
     base: Annotated[
         str | None, typer.Option(help='"tiny" (embedded, 64 pixels), or a folder with an SDXL pipeline.')
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out where it stopped.")] = False,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting over the file's: loss.identity=0.5. May be repeated.")
-    ] = None,
-    allow_change: Annotated[
-        list[str] | None, typer.Option(help="A setting that may differ from the resumed run's: lr, data, ...")
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all settings with their sources, as YAML, and stop.")
-    ] = False,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
 ) -> None:
     """Train PuLID (arXiv 2404.16022) in its three stages; resumable at any moment."""
     from .training.pulid.command import run_command

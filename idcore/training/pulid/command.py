@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ...results import is_result
-from ..settings import as_text
+from ..commands import TrainArguments, run_training
 from .config import STAGES, PuLIDTrainConfig, load_config
 
 
@@ -29,24 +28,20 @@ def run_command(
     Raises:
         InputError: --out or --data is missing, or settings, stages or data do not fit.
     """
-    settings = load_config(config, changes, base)
-    if print_config:
-        return [as_text(settings).rstrip()]
+    given = TrainArguments(out, config, base, resume, changes, allow_change, print_config, say)
     stages = parse_stages(stage)
-    for name, value in (("--out", out), ("--data", data)):
-        if value is None:
-            raise InputError(f"train pulid: {name} FOLDER is missing; see idcore train pulid --help")
-    from .data import open_data
-    from .run import train_pulid
 
-    source = open_data(data, out, settings, say)
-    made = train_pulid(settings, source, out, stages=stages, resume=resume, allow_change=allow_change, say=say)
-    say(
-        f"{made}: use it with `idcore generate --system {made}`"
-        if is_result(made)
-        else f"stopped early; go on with --resume ({made})"
-    )
-    return [str(made)]
+    def train(settings: PuLIDTrainConfig, folder: Path) -> Path:
+        from .data import open_data
+        from .run import train_pulid
+
+        source = open_data(data, folder, settings, say)
+        return train_pulid(settings, source, folder, stages=stages, resume=resume, allow_change=allow_change, say=say)
+
+    return run_training(
+        "pulid", given, load_config(config, changes, base), train, needed=[("--data FOLDER", data)],
+        use="idcore generate --system {made}",
+    )  # fmt: skip
 
 
 def parse_stages(text: str) -> tuple[int, ...]:

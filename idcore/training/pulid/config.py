@@ -14,11 +14,12 @@ from ... import prompts
 from ...errors import InputError
 from ...systems.pulid import PRESETS
 from ...systems.pulid_encoders import EncoderConfig
+from ..commands import load_settings
 from ..config import LoopConfig
 from ..data.options import PrepareConfig
 from ..data.source import SourceConfig
 from ..losses.alignment import AlignmentOptions
-from ..settings import build, insert, read, setting
+from ..settings import setting
 
 STAGES = (1, 2, 3)
 
@@ -245,20 +246,4 @@ def load_config(
     Raises:
         InputError: as `settings.load`.
     """
-    values = {} if path is None else read(path)
-    if base is not None:
-        values.setdefault("model", {})["base"] = base
-    for text in changes:
-        insert(values, text)
-    if (values.get("model") or {}).get("base", "tiny") == "tiny":
-        values = _over(TINY, values)
-    return build(PuLIDTrainConfig, values, "settings" if path is None else str(path))
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, `above` winning."""
-    both = dict(below)
-    for key, value in above.items():
-        known = both.get(key)
-        both[key] = _over(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
-    return both
+    return load_settings(PuLIDTrainConfig, path, changes, base, presets={"tiny": TINY}, default_base="tiny")

@@ -236,16 +236,9 @@ def make_preprocess(config: PuLIDTrainConfig) -> Any:
 
 def load_base(name: str, config: PuLIDTrainConfig, device: torch.device) -> Base:
     """ "tiny", a folder of `idcore train tiny`, or a folder with an SDXL pipeline."""
-    from ..bases.tiny import TinyBase
+    from ..bases.opening import open_base
 
-    if name == "tiny":
-        base = TinyBase.from_package(somebody=True).to(device)
-    elif (Path(name) / "config.json").is_file() and (Path(name) / "model.safetensors").is_file():
-        base = TinyBase.from_folder(name, somebody=True).to(device)
-    else:
-        from ..bases.sdxl import SDXLBase
-
-        base = SDXLBase.from_pretrained(name, dtype=getattr(torch, config.model.dtype), device=device)
+    base = open_base(name, dtype=getattr(torch, config.model.dtype), device=device)
     base.latent_shape(config.model.resolution, config.model.resolution)
     return base
 

@@ -1,0 +1,73 @@
+"""A base model by its name on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import InputError, WeightsError
+from .latent import LatentBase
+
+TINY_SD = "tiny-sd"
+_WANTED = (
+    '"tiny-sd" (the embedded model of drawn people), or a folder or cached hub id with a Stable Diffusion 1.x, '
+    "2.x or SDXL pipeline in diffusers' layout"
+)
+
+
+def open_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+    """A frozen base (`contract.Base`) for training.
+
+    Args:
+        name: "tiny-sd"; a folder in diffusers' layout, or a hub id that is there already; "tiny" or a folder of `idcore
+            train tiny`, which draws an average face.
+        dtype: of UNet and text encoders; the embedded models stay float32.
+        device: of everything.
+
+    Raises:
+        WeightsError: nothing of the kind is there, or it does not load.
+    """
+    from .tiny import TinyBase
+
+    folder = Path(name)
+    if name == "tiny":
+        return TinyBase.from_package(somebody=True).to(device)
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return TinyBase.from_folder(name, somebody=True).to(device)
+    if name == TINY_SD:
+        from .tiny_sd import TinySDBase
+
+        return TinySDBase.from_package().to(device)
+    from .sd15 import SD15Base
+    from .sdxl import SDXLBase
+
+    known = {"StableDiffusionPipeline": SD15Base, "StableDiffusionXLPipeline": SDXLBase}
+    kind = _pipeline_class(name)
+    if kind not in known:
+        raise WeightsError(f"base model {name} is a {kind}; wanted {_WANTED}")
+    return known[kind].from_pretrained(name, dtype=dtype, device=device)
+
+
+def open_text_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LatentBase:
+    """As `open_base`, for systems that act through the text encoders.
+
+    Raises:
+        InputError: "tiny", which has none.
+    """
+    base = open_base(name, dtype=dtype, device=device)
+    if not isinstance(base, LatentBase):
+        raise InputError(f"base model {name}: it has no text encoder; give {_WANTED}")
+    return base
+
+
+def _pipeline_class(name: str) -> str:
+    from diffusers import DiffusionPipeline
+
+    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
+        raise WeightsError(f"base model {name} has no model_index.json; wanted {_WANTED}")
+    try:
+        return str(DiffusionPipeline.load_config(name, local_files_only=True)["_class_name"])
+    except (OSError, ValueError, KeyError) as e:
+        raise WeightsError(f"base model {name} is not there ({type(e).__name__}); wanted {_WANTED}") from e

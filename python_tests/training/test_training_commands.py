@@ -1,0 +1,87 @@
+"""What the training commands share: settings by base and option, missing options, bases by name."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from idcore.errors import InputError, WeightsError
+from idcore.testing.tiny_models import tiny_pipeline
+from idcore.training.bases.opening import open_base, open_text_base
+from idcore.training.bases.sd15 import SD15Base
+from idcore.training.bases.sdxl import SDXLBase
+from idcore.training.bases.tiny import TinyBase
+from idcore.training.commands import TrainArguments, load_settings, over, run_training
+from idcore.training.settings import setting
+
+
+@dataclass(frozen=True)
+class Model:
+    base: str = setting("a", "Base")
+    size: int = setting(1, "Size")
+
+
+@dataclass(frozen=True)
+class Mine:
+    model: Model = setting(factory=Model)
+    rate: float = setting(0.5, "Rate", above=0)
+
+
+PRESETS = {"small": {"model": {"size": 7}, "rate": 0.1}}
+
+
+def test_settings_come_from_options_file_preset_and_default_in_this_order(tmp_path):
+    def made(*args, **how):
+        return load_settings(Mine, *args, presets=PRESETS, default_base="a", **how)
+
+    file = tmp_path / "s.yaml"
+    file.write_text("model: {base: small, size: 3}\n")
+    assert made() == Mine() and made(None, (), "small") == Mine(Model("small", 7), 0.1)
+    assert made(file) == Mine(Model("small", 3), 0.1) and made(file, (), "a") == Mine(Model("a", 3), 0.5)
+    assert made(file, ["model.size=4"], given={"rate": 2.0}) == Mine(Model("small", 4), 2.0)
+    assert made(None, ["model.base=small", "rate=9"], given={"rate": 2.0}) == Mine(Model("small", 7), 9.0)
+    assert PRESETS == {"small": {"model": {"size": 7}, "rate": 0.1}} and over({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    with pytest.raises(InputError, match="unknown key 'rat'; did you mean 'rate'"):
+        made(None, ["rat=1"])
+    with pytest.raises(InputError, match="model must be settings below model"):
+        made(None, ["model=1"])
+
+
+def test_a_command_says_what_is_missing_and_what_to_do_with_the_result(tmp_path):
+    said, out = [], tmp_path / "run"
+
+    def train(settings, folder):
+        assert settings == Mine() and folder == out
+        return folder / "model"
+
+    arguments = TrainArguments(out, say=said.append)
+    assert run_training("mine", TrainArguments(print_config=True), Mine(), None)[0].startswith("#")
+    with pytest.raises(InputError, match="train mine: --out FOLDER is missing; see idcore train mine --help"):
+        run_training("mine", TrainArguments(), Mine(), train)
+    with pytest.raises(InputError, match="--images is missing"):
+        run_training("mine", arguments, Mine(), train, needed=[("--images", ())])
+    assert run_training("mine", arguments, Mine(), train, use="draw {made}") == [str(out / "model")]
+    assert "stopped early; go on with --resume" in said[-1]
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "result.json").write_text("{}")
+    run_training("mine", arguments, Mine(), train, use="draw {made}")
+    assert said[-1].endswith(f"use it with `draw {out / 'model'}`")
+
+
+def test_bases_by_name(tmp_path, monkeypatch):
+    for kind, cls in (("sd", SD15Base), ("sdxl", SDXLBase)):
+        tiny_pipeline(kind).save_pretrained(tmp_path / kind)
+        base = open_text_base(str(tmp_path / kind))
+        assert type(base) is cls and not any(p.requires_grad for p in base.unet.parameters())
+    assert isinstance(open_base("tiny"), TinyBase)
+    with pytest.raises(InputError, match='base model tiny: it has no text encoder; give "tiny-sd"'):
+        open_text_base("tiny")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match='empty has no model_index.json; wanted "tiny-sd"'):
+        open_base(str(tmp_path / "empty"))
+    with pytest.raises(WeightsError, match="base model some/where is not there"):
+        open_base("some/where")
+    loaded = SimpleNamespace(load_config=lambda *a, **k: {"_class_name": "FluxPipeline"})
+    monkeypatch.setattr("diffusers.DiffusionPipeline", loaded)
+    with pytest.raises(WeightsError, match="is a FluxPipeline; wanted"):
+        open_base("some/where")
