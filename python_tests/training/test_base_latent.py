@@ -5,7 +5,9 @@ import torch
 
 from idcore.errors import InputError, WeightsError
 from idcore.sampling.sdxl import few_step_scheduler
+from idcore.systems.words import encode_with_words, words_in
 from idcore.testing.tiny_models import tiny_pipeline
+from idcore.text.reader import text_parts
 from idcore.training.bases.sd15 import SD15Base
 from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.bases.trailing import trailing_steps
@@ -112,6 +114,26 @@ def test_encoding_and_decoding_use_the_same_scale():
     assert torch.allclose(latents, own * base.vae.config.scaling_factor) and latents.dtype == torch.float32
     assert torch.allclose(base.decode(latents), base.vae.decode(own).sample, atol=1e-5)
     assert base.latent_shape(32, 16) == (4, 16, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_text_carries_gradients_into_words(kind):
+    base = base_of(kind)
+    prompt, widths = "a photo of S* in a hat", [p.width for p in text_parts(base.pipe)]
+    g = torch.Generator().manual_seed(0)
+    words = [torch.randn(1, 2, w, generator=g).requires_grad_() for w in widths]
+    with words_in(base.pipe, {"S*": words}):
+        got = base.text_live([prompt, "a face of S*"], 16, 16)
+        again = base.text_live([prompt, "a face of S*"], 16, 16)
+    want, pooled = encode_with_words(base.pipe, [prompt, "a face of S*"], {"S*": words})
+    assert torch.allclose(got.embeds, want) and torch.equal(got.embeds, again.embeds)
+    assert pooled is None or (torch.allclose(got.pooled, pooled) and got.extra["time_ids"].shape == (2, 6))
+    grads = torch.autograd.grad(got.embeds.square().sum(), words)
+    assert all(float(g.abs().min()) > 0 for g in grads)
+    with torch.no_grad():  # without words it is the cached text, encoded anew
+        assert torch.allclose(base.text_live(["a"], 16, 16).embeds, base.text(["a"], 16, 16).embeds)
+    with pytest.raises(InputError, match="wanted a list of one or more strings, got 'a face'"):
+        base.text_live("a face", 16, 16)
 
 
 def test_cached_prompts_need_no_encoder():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ..contract import Text
 from .decoding import decode_in_parts
-from .text_cache import TextCache
+from .text_cache import TextCache, check_prompts
 from .trailing import PREDICTIONS, DpmSteps, EulerSteps, trailing_steps
 
 
@@ -129,6 +129,13 @@ class LatentBase:
 
     def text(self, prompts: Sequence[str], height: int, width: int, sizes: Tensor | None = None) -> Text:
         embeds, pooled = self._texts(prompts)
+        return self._conditions(embeds.to(self.device, self.dtype), pooled, height, width, sizes)
+
+    def text_live(self, prompts: Sequence[str], height: int, width: int, sizes: Tensor | None = None) -> Text:
+        """As `text`, but encoded anew at every call and with gradients: into words that are learned (inside of
+        `systems.words.words_in(base.pipe, ...)`), or into a text encoder that trains."""
+        check_prompts(prompts)
+        embeds, pooled = self._encode(list(prompts))
         return self._conditions(embeds.to(self.device, self.dtype), pooled, height, width, sizes)
 
     def _conditions(self, embeds: Tensor, pooled: Tensor | None, height: int, width: int, sizes: Tensor | None) -> Text:

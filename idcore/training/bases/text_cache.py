@@ -14,6 +14,12 @@ Rows = tuple[Tensor, Tensor | None]
 KEPT = 2048  # prompts; 330 kB each for SDXL in 16 bit (our choice)
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise InputError unless this is a list of one or more strings."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompts: wanted a list of one or more strings, got {prompts!r:.80}")
+
+
 class TextCache:
     """Prompts to rows of embeddings, in main memory, the longest unused dropped first.
 
@@ -35,8 +41,7 @@ class TextCache:
         Raises:
             InputError: no list of strings, or an empty one.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise InputError(f"prompts: wanted a list of one or more strings, got {prompts!r:.80}")
+        check_prompts(prompts)
         for prompt in dict.fromkeys(prompts):
             if prompt in self._rows:
                 continue
