@@ -20,16 +20,17 @@ class Result:
     Attributes:
         system: such as "pulid".
         weights: file in the folder.
-        mode: of inference (for PuLID see `systems.pulid.PRESETS`).
-        features: what the encoder reads of photos: "pulid" (as published) or "tiny-pulid" (the embedded recogniser).
-        base: model that it was trained on: "tiny" or a folder.
+        base: model that it was trained on: a name such as "tiny", or a folder.
+        mode: of inference, where the system has several (for PuLID see `systems.pulid.PRESETS`); "": it has none.
+        features: what PuLID's encoder reads of photos: "pulid" (as published) or "tiny-pulid" (the embedded
+            recogniser); "" for systems that read photos in one way.
     """
 
     system: str
     weights: str
-    mode: str
-    features: str
     base: str
+    mode: str = ""
+    features: str = ""
 
     def write(self, folder: Path, more: dict[str, Any]) -> Path:
         """Write `folder/result.json`, with `more` for people to read."""
@@ -50,7 +51,8 @@ def read_result(folder: str | Path) -> Result:
         found = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r}")
-        return Result(**{name: str(found[name]) for name in Result.__dataclass_fields__})
+        needed = {name: str(found[name]) for name in ("system", "weights", "base")}
+        return Result(**needed, mode=str(found.get("mode", "")), features=str(found.get("features", "")))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise WeightsError(
             f"{folder} is no result of a training ({type(e).__name__}: {e}); wanted a folder with {FACTS} and the "

@@ -103,7 +103,8 @@ def chosen_files(system: str, files: dict[str, Any], *, for_photos: bool) -> dic
     if is_result(system):
         found = read_result(system)
         given = {k: v for k, v in files.items() if v is not None}
-        return {"system": found.system, "features": found.features, "weights": Path(system) / found.weights, **given}
+        own = {"features": found.features} if found.features else {}
+        return {"system": found.system, **own, "weights": Path(system) / found.weights, **given}
     as_recipe = system in RECIPES and (system not in SYSTEMS or files.get("weights") is None)
     if not as_recipe:
         return {"system": system, **files}
@@ -113,7 +114,7 @@ def chosen_files(system: str, files: dict[str, Any], *, for_photos: bool) -> dic
 
 def preset_of(system: str, preset: str | None) -> str | None:
     """The mode that was asked for, else that of the result folder which `system` names."""
-    return read_result(system).mode if preset is None and is_result(system) else preset
+    return read_result(system).mode or None if preset is None and is_result(system) else preset
 
 
 def mix_identities(files: Sequence[Path], out: Path, weights: str | None = None) -> Identity:

@@ -25,8 +25,8 @@ from ...env import command_line, machine
 from ...errors import told
 from ...results import is_result
 from ...workflows import write_text
+from ..card import draw_curves, read_lines
 from ..data.procedural import procedural_folder
-from .card import draw_curves, read_lines
 from .config import PuLIDTrainConfig, ValidationSettings, load_config
 from .data import open_data
 from .run import Models, train_pulid

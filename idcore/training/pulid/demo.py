@@ -22,8 +22,8 @@ from ...encoders.analyzer import EmbeddedAnalyzer
 from ...env import command_line, machine
 from ...errors import InputError, told
 from ...workflows import save_picture, writable_folder, write_text
+from ..card import draw_curves, read_lines
 from ..data.procedural import procedural_folder
-from .card import draw_curves, read_lines
 from .command import run_command
 
 UNSEEN = 4

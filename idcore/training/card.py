@@ -1,33 +1,62 @@
-"""The model card of a result: recipe, figures, curves."""
+"""Model cards and curves of a training's result, the same for every system."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...workflows import write_text
-from ..settings import as_text
+from ..workflows import write_text
+from .settings import as_text
 
-if TYPE_CHECKING:
-    from .task import PuLIDTask
-
-_WHAT = {1: "L_diff", 2: "L_diff + L_id", 3: "L_diff + L_id + L_align"}
 _WINDOW = 20  # steps that a curve averages over
 
 
-def write_card(task: PuLIDTask, folder: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """README.md and curves.png of a result whose run's records stand in the folder above."""
+@dataclass(frozen=True)
+class Card:
+    """What a system says of its result.
+
+    Attributes:
+        title: the heading.
+        summary: what was trained, by which command, after which paper.
+        base: of the model card's `base_model`.
+        tags: of the model card.
+        rows: of the table of facts, name to text.
+        use: command lines that use the result.
+        notes: a paragraph below them.
+        limits: what the figures do not say, what is to be minded.
+        run: the name of the curves.
+    """
+
+    title: str
+    summary: str
+    base: str
+    tags: Sequence[str] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
+    use: Sequence[str] = ()
+    notes: str = ""
+    limits: str = ""
+    run: str = "training"
+
+
+def write_card(card: Card, settings: Any, folder: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write README.md, and curves.png where matplotlib is installed.
+
+    Args:
+        card: the system's part.
+        settings: the dataclass of all settings: the recipe.
+        folder: of the result; the run's records (losses.jsonl, measures.jsonl) stand in the folder above.
+        facts: what the loop knows of the run (`contract.Task.export`).
+    """
     run = folder.parent
     losses, measures = read_lines(run / "losses.jsonl"), read_lines(run / "measures.jsonl")
     written = []
-    drawn = bool(losses) and importlib.util.find_spec("matplotlib") is not None
-    if drawn:
-        written.append(draw_curves({f"stage {task.stage}": (losses, measures)}, folder / "curves.png"))
-    text = _card(task, facts, losses, measures, drawn)
-    write_text(folder / "README.md", text)
+    if losses and importlib.util.find_spec("matplotlib") is not None:
+        written.append(draw_curves({card.run: (losses, measures)}, folder / "curves.png"))
+    write_text(folder / "README.md", _text(card, settings, facts, losses, measures, bool(written)))
     return [*written, folder / "README.md"]
 
 
@@ -38,43 +67,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _card(task: PuLIDTask, facts: Mapping[str, Any], losses: list, measures: list, drawn: bool) -> str:
-    c, data = task.config, facts.get("data", {})
-    base = task.base.name if task.fast is task.base else f"{task.base.name}, 4-step passes on {task.fast.name}"
+def _text(card: Card, settings: Any, facts: Mapping[str, Any], losses: list, measures: list, drawn: bool) -> str:
+    data = facts.get("data", {})
+    rows = {
+        **card.rows,
+        "steps": f"{facts.get('steps', '?')}, {facts.get('global_batch', '?')} samples each",
+        "weights": "averaged" if facts.get("averaged") else "as trained",
+        "data": ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, (int, float, str))),
+    }
     lines = [
-        "---", "tags: [pulid, identity, text-to-image]", f"base_model: {json.dumps(c.model.base)}", "---", "",
-        f"# PuLID ({task.module.version}), stage {task.stage}", "",
-        f"An identity adapter trained by `idcore train pulid` after PuLID (arXiv 2404.16022): stage {task.stage}, "
-        f"{_WHAT[task.stage]}.", "",
-        "| | |", "|---|---|",
-        f"| base | {base} |",
-        f"| encoder reads | {c.face.features} |",
-        f"| layers | {len(task.module.config.layers)} |",
-        f"| steps of this stage | {facts.get('steps', '?')}, {facts.get('global_batch', '?')} samples each |",
-        f"| weights | {'averaged' if facts.get('averaged') else 'as trained'}, {c.result.dtype} |",
-        f"| inference mode | {c.result.mode} |",
-        f"| data | {', '.join(f'{k} {v}' for k, v in data.items() if isinstance(v, (int, float, str)))} |",
-        "", "## Use", "",
-        "    idcore generate --system RESULT --id photo.jpg --prompt \"portrait, color, cinematic\" --out pictures"
-        + (f" --base {c.model.base}" if c.model.base != "tiny" else ""),
-        "", "`pulid.safetensors` has the keys of the published file; PuLID's own code and the community's loaders read "
-        "it where the base and the sizes are the published ones.", "", "## Figures", "",
-        *_figures(task, losses, measures), "",
+        "---", f"tags: [{', '.join((*card.tags, 'text-to-image'))}]", f"base_model: {json.dumps(card.base)}", "---", "",
+        f"# {card.title}", "", card.summary, "", "| | |", "|---|---|",
+        *(f"| {name} | {text} |" for name, text in rows.items()), "", "## Use", "", *(f"    {u}" for u in card.use), "",
+        *([card.notes, ""] if card.notes else []), "## Figures", "", *_figures(losses, measures), "",
     ]  # fmt: skip
     if drawn:
         lines += ["![curves](curves.png)", ""]
-    lines += [
-        "## Limits", "",
-        "A face is personal data: use photos of people who agreed. Similarity is measured by "
-        f"{', '.join(j.measure.recogniser for j in getattr(task.validator, 'judges', [])) or 'no recogniser'}; "
-        "where that is the network of the identity loss or the one that the encoder reads, the figure favours what "
-        "that network sees and is no independent proof of likeness.", "",
-        "## Recipe", "", "```yaml", as_text(c).rstrip(), "```",
-    ]  # fmt: skip
+    limits = "A face is personal data: use photos of people who agreed. " + card.limits
+    lines += ["## Limits", "", limits.strip(), "", "## Recipe", "", "```yaml", as_text(settings).rstrip(), "```"]
     return "\n".join(lines)
 
 
-def _figures(task: PuLIDTask, losses: Sequence[Mapping], measures: Sequence[Mapping]) -> list[str]:
+def _figures(losses: Sequence[Mapping], measures: Sequence[Mapping]) -> list[str]:
     if measures:
         first, last = measures[0], measures[-1]
         lines = [f"| measure | step {first['step']} | step {last['step']} |", "|---|---|---|"]
