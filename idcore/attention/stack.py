@@ -87,21 +87,23 @@ class IdStack:
         if sample is not None:
             self.here.size = self.latest = (sample.shape[-2], sample.shape[-1])
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-        if self.staged is not None:
-            self.staged.begin(timestep, sample.device)
         if torch.compiler.is_compiling():
-            self._begin_traced(timestep)
+            self._begin_traced(timestep, sample)
         else:
-            self._begin(timestep)
+            self._begin(timestep, sample)
 
     @torch.compiler.disable
-    def _begin(self, timestep: Any) -> None:
+    def _begin(self, timestep: Any, sample: torch.Tensor) -> None:
+        if self.staged is not None:
+            self.staged.begin(timestep, sample.device)
         for c in self.layers:
             c.rows_now = c.rows()
             c.begin(timestep)
         self.reconcile()
 
-    def _begin_traced(self, timestep: Any) -> None:
+    def _begin_traced(self, timestep: Any, sample: torch.Tensor) -> None:
+        if self.staged is not None:
+            self.staged.begin(timestep, sample.device)
         for c in self.layers:
             c.rows_now = c.rows()
             c.begin_traced(timestep)
@@ -136,6 +138,7 @@ class IdStack:
             )
         self.staged = staged
         try:
+            staged.fill(next(unet.parameters()).device)
             self._settle(unet, staged.sites.values())
             for site, attn, ours in (self.slots[n] for n in staged.sites):
                 _check_stageable(site, attn, ours.id_binding)

@@ -37,7 +37,8 @@ def joined_text(reference: Tensor, keys: Sequence[Tensor], values: Sequence[Tens
 
 
 class _PerThread(threading.local):
-    stage: Tensor | None = None
+    def __init__(self) -> None:
+        self.stage: Tensor | None = None
 
     def __reduce__(self) -> tuple:
         return _PerThread, ()
@@ -89,6 +90,11 @@ class StagedText:
     def stage(self) -> Tensor | None:
         """Of the pass that runs in this thread; recomputation in autograd's own threads takes the latest."""
         return self._latest if self._here.stage is None else self._here.stage
+
+    def fill(self, device: torch.device) -> None:
+        """Put the limits on a device, so that a graph that is traced later finds them there."""
+        for dtype in (torch.int64, torch.float32):
+            self._limits(torch.zeros(1, dtype=dtype, device=device))
 
     def _limits(self, t: Tensor) -> Tensor:
         key = (t.device, t.dtype)

@@ -111,10 +111,15 @@ def choose_for_loss(plain: str, op: str, q: torch.Tensor, keys: tuple[torch.Tens
     name = backend or ("cpu" if q.device.type == "cpu" else "triton")
     b, h, lq, d = q.shape
     dense = all(t.stride(3) == 1 or d == 1 for t in (q, *keys))
-    call = Call(q.device.type, q.dtype, b, h, lq, keys[0].shape[2], d, (), "add", False, False, False, False, dense)
-    reasons = why_not(name, call)
+    reasons = _against_loss(name, q.device.type, q.dtype, (b, h, lq, keys[0].shape[2], d), dense)
     if backend is None:
         return plain if reasons else name
     if reasons:
         raise NoBackendError(f"{op}: backend {name!r} cannot run this call: {'; '.join(reasons)}")
     return name
+
+
+@torch.compiler.assume_constant_result
+def _against_loss(name: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...], dense: bool) -> list[str]:
+    """Reasons, a constant while tracing. sizes: B, H, Lq, Lt, D"""
+    return why_not(name, Call(device, dtype, *sizes, (), "add", False, False, False, False, dense))
