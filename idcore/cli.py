@@ -235,7 +235,7 @@ def prepare(
     parsing: Parsing = None,
     retinaface: Retina = None,
     base: Annotated[
-        str | None, typer.Option(help='Also encode the pictures: a folder with an SDXL pipeline, or "tiny".')
+        str | None, typer.Option(help='Also encode the pictures: "tiny", "tiny-sd", or a folder with a pipeline.')
     ] = None,
     device: Annotated[str, typer.Option(help="Of the vision tower and the base's autoencoder.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16.")] = "float32",

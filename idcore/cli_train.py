@@ -44,7 +44,7 @@ def train_pulid(
     config: TrainConfig = None,
     stage: Annotated[str, typer.Option(help='1 (L_diff), 2 (+ L_id), 3 (+ L_align), "all", or such as "2,3".')] = "all",
     base: Annotated[
-        str | None, typer.Option(help='"tiny" (embedded, 64 pixels), or a folder with an SDXL pipeline.')
+        str | None, typer.Option(help='"tiny" or "tiny-sd" (shipped, 64 pixels), or a folder with a pipeline.')
     ] = None,
     resume: Resume = False,
     change: Change = None,

@@ -179,6 +179,20 @@ def test_sdxl_layout_trains_resumes_and_generates(sdxl, tmp_path, monkeypatch):
     assert len(list(out.glob("*.png"))) == 1
 
 
+def test_stable_diffusion_1_5_layout_trains_all_stages(tmp_path, monkeypatch):
+    from idcore.testing.tiny_models import tiny_pipeline
+
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    points = FixedFace([[5, 6], [11, 6], [8, 9], [6, 12], [10, 12]])
+    monkeypatch.setattr(Models, "_locate", lambda self: points)
+    more = (f"model.base={tmp_path / 'base'}", "model.dtype=float32", "model.resolution=16", "face.features=tiny-pulid")
+    config = load_config(None, [*SMALL, *more, "encoder.output_dim=32", "loop.validate_every=0"])
+    result = train_pulid(config, Small(4), tmp_path / "run")
+    assert is_result(result) and len(tensors(result)) > 10
+    rows = [json.loads(r) for r in (tmp_path / "run" / "stage3" / "losses.jsonl").read_text().splitlines()]
+    assert {"diffusion", "identity", "semantic", "layout"} <= set(rows[-1]["terms"])
+
+
 class Small(DrawnPeople):
     """16 pixel pictures, as the small SDXL draws."""
 

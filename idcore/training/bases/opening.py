@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import InputError, WeightsError
 from .latent import LatentBase
 
 TINY_SD = "tiny-sd"
+DRAWN = ("tiny", TINY_SD)  # shipped models that draw people as the project's renderer does
 _WANTED = (
     '"tiny-sd" (the embedded model of drawn people), or a folder or cached hub id with a Stable Diffusion 1.x, '
     "2.x or SDXL pipeline in diffusers' layout"
@@ -60,6 +62,19 @@ def open_text_base(name: str, *, dtype: torch.dtype = torch.float32, device: tor
     if not isinstance(base, LatentBase):
         raise InputError(f"base model {name}: it has no text encoder; give {_WANTED}")
     return base
+
+
+def face_points(base: Any, edge: int) -> np.ndarray | None:
+    """Where a base draws the five points of every face, [5, 2] pixels of a picture of this edge; None: anywhere.
+
+    The shipped models learned from pictures that are all framed alike: as the recogniser's wide chip.
+    """
+    if not getattr(base, "faces_in_one_place", False):
+        return None
+    from ...encoders.align import template
+    from ...systems.tiny import WIDE_PADDING
+
+    return template("dlib", edge, WIDE_PADDING) - 0.5
 
 
 def _pipeline_class(name: str) -> str:

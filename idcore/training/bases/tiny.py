@@ -29,6 +29,8 @@ class TinyBase:
             faces. `training.tiny.somebody.somebody(model)`: the average of drawn people, a face to change.
     """
 
+    faces_in_one_place = True
+
     def __init__(self, model: TinyModel, reference: Tensor | None = None) -> None:
         self.name, self.prediction = "idcore tiny", "sample"
         self.model = model.eval().requires_grad_(False)

@@ -52,9 +52,12 @@ def run_prepare(
     if not report.records:
         raise InputError(f"prepare: nothing was kept of {report.found} pictures; reasons in {out / 'dropped.jsonl'}")
     if base is not None:
+        import torch
+
+        from ..bases.opening import open_base
         from .latents import cache_latents
 
-        done = cache_latents(out, open_base(base, faces.device, dtype))
+        done = cache_latents(out, open_base(base, dtype=getattr(torch, dtype), device=faces.device))
         say(f"{done:,} pictures were encoded by {base}")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
     say(f"{out}: {len(report.records):,} pictures, {size:,.1f} MiB; what was dropped: {out / 'dropped.jsonl'}")
@@ -77,25 +80,3 @@ def draw_into(data: Path, people: int, seed: int, workers: int) -> None:
     data.mkdir(parents=True, exist_ok=True)
     replace_text(note, json.dumps(said) + "\n")
     procedural_folder(data, people, seed, workers=workers)
-
-
-def open_base(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
-    """ "tiny", a folder of `idcore train tiny`, or a pipeline's folder (SDXL, Stable Diffusion 1.5)."""
-    import torch
-
-    from ..bases.tiny import TinyBase
-
-    if name == "tiny":
-        return TinyBase.from_package().to(device)
-    folder = Path(name)
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return TinyBase.from_folder(folder).to(device)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise InputError(f'prepare: --base is "tiny" or a folder with a pipeline (model_index.json), got {name}')
-    kind = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name", ""))
-    if kind.startswith("StableDiffusionXL"):
-        from ..bases.sdxl import SDXLBase as Base
-    else:
-        from ..bases.sd15 import SD15Base as Base
-    return Base.from_pretrained(name, dtype=getattr(torch, dtype), device=device)

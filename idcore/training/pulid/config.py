@@ -29,7 +29,10 @@ class ModelSettings:
     """The frozen models."""
 
     base: str = setting(
-        "tiny", 'Model of L_diff: "tiny" (embedded, 64 pixels), or a folder with an SDXL pipeline', free=True
+        "tiny",
+        'Model of L_diff: "tiny" (embedded, 64 pixels), "tiny-sd" (shipped, 64 pixels, in the layout of Stable '
+        "Diffusion 1.5), or a folder with a pipeline (SDXL, Stable Diffusion 1.5)",
+        free=True,
     )
     fast: str | None = setting(
         None, "Model of the 4-step passes, an SDXL-Lightning pipeline; null: the same as base, as the authors did",
@@ -236,14 +239,22 @@ TINY: dict[str, Any] = {
     "stage2": {"steps": 300, "lr": 2e-3, "batch": 4},
     "stage3": {"steps": 300, "lr": 2e-3, "batch": 4},
 }  # fmt: skip
+# And for the shipped 64 px model of Stable Diffusion 1.5's layout (our choice throughout).
+TINY_SD: dict[str, Any] = {
+    **TINY,
+    "model": {"base": "tiny-sd", "dtype": "float32", "resolution": 64},
+    "encoder": {"width": 256, "output_dim": 128, "init": "zero"},
+}  # fmt: skip
+SHIPPED = {"tiny": TINY, "tiny-sd": TINY_SD}
 
 
 def load_config(
     path: str | Path | None = None, changes: Sequence[str] = (), base: str | None = None
 ) -> PuLIDTrainConfig:
-    """Settings from a file, `a.b=value` texts (which win), and the base model; for "tiny" the defaults are `TINY`.
+    """Settings from a file, `a.b=value` texts (which win), and the base model; the shipped ones have defaults of
+    their own (`SHIPPED`).
 
     Raises:
         InputError: as `settings.load`.
     """
-    return load_settings(PuLIDTrainConfig, path, changes, base, presets={"tiny": TINY}, default_base="tiny")
+    return load_settings(PuLIDTrainConfig, path, changes, base, presets=SHIPPED, default_base="tiny")

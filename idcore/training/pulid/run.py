@@ -15,6 +15,7 @@ from ...errors import InputError, WeightsError
 from ...results import is_result, read_result
 from ...systems.pulid import PuLID, PuLIDConfig
 from ...workflows import writable_folder
+from ..bases.opening import DRAWN, face_points, open_base
 from ..contract import Base, Batch, Source
 from ..loop import train
 from ..losses.faces import DetectedFace, FixedFace, Recogniser
@@ -170,17 +171,14 @@ class Models:
         return self._judge
 
     def _locate(self) -> Any:
-        from ..bases.tiny import TinyBase
-
-        if isinstance(self.fast, TinyBase):
-            return FixedFace(tiny_face_points(self.config.model.resolution))
-        return DetectedFace(self.analyzer())
+        points = face_points(self.fast, self.config.model.resolution)
+        return DetectedFace(self.analyzer()) if points is None else FixedFace(points)
 
     def analyzer(self) -> Any:
         from ...encoders.analyzer import EmbeddedAnalyzer, analyzer_from
         from ...metrics.gate import MIN_SCORE
 
-        if self.config.face.analyzer == "embedded" and self.config.model.base == "tiny":
+        if self.config.face.analyzer == "embedded" and self.config.model.base in DRAWN:
             return EmbeddedAnalyzer(min_score=MIN_SCORE)  # drawn faces
         return analyzer_from(self.config.face.analyzer)
 
@@ -235,9 +233,7 @@ def make_preprocess(config: PuLIDTrainConfig) -> Any:
 
 
 def load_base(name: str, config: PuLIDTrainConfig, device: torch.device) -> Base:
-    """ "tiny", a folder of `idcore train tiny`, or a folder with an SDXL pipeline."""
-    from ..bases.opening import open_base
-
+    """One of the frozen models, which must be able to draw `model.resolution`; see `open_base`."""
     base = open_base(name, dtype=getattr(torch, config.model.dtype), device=device)
     base.latent_shape(config.model.resolution, config.model.resolution)
     return base
@@ -247,14 +243,6 @@ def load_recogniser(face: Any) -> Recogniser:
     """L_id's network."""
     more = {} if face.measure == "auto" else {"measure": face.measure}
     return Recogniser.dlib(**more) if face.recogniser == "embedded" else Recogniser.arcface(face.recogniser, **more)
-
-
-def tiny_face_points(size: int) -> Any:
-    """Where the embedded model draws the five points of a face, [5, 2] pixels: its training's alignment."""
-    from ...encoders.align import template
-    from ...systems.tiny import WIDE_PADDING
-
-    return template("dlib", size, WIDE_PADDING) - 0.5
 
 
 def new_system(config: PuLIDTrainConfig, base: Base) -> PuLID:
