@@ -11,7 +11,7 @@ from idcore.encoders.analyzer import EmbeddedAnalyzer
 from idcore.encoders.dlib_tokens import DlibTokens
 from idcore.encoders.eva_clip import EvaClipConfig, EvaClipVisual
 from idcore.encoders.pulid_preprocess import PuLIDPreprocess
-from idcore.errors import InputError
+from idcore.errors import IdcoreError, InputError
 from idcore.training.bases.tiny import TinyBase
 from idcore.training.data.faces import Faces, PuLIDFaces, pulid_features
 from idcore.training.data.latents import cache_latents
@@ -96,10 +96,10 @@ def test_the_command(tmp_path):
             "2",
         ): "drawn people of seed 0, 4 of them; choose an empty",
         ("prepare", data, "--out", out, "--system", "pulid"): "a folder with SCRFD and glintr100: --faces FOLDER",
-        ("prepare", data, "--out", out, "--base", data): "a folder with a pipeline",
+        ("prepare", data, "--out", out, "--base", data): "no model_index.json; wanted",
     }.items():
         run = CliRunner().invoke(app, list(args))
-        assert run.exit_code == 1 and isinstance(run.exception, (InputError, SystemExit))
+        assert run.exit_code == 1 and isinstance(run.exception, (IdcoreError, SystemExit))
         assert text in run.output + str(run.exception), args
 
 
