@@ -198,23 +198,35 @@ class PuLIDPreprocess:
             InputError: an embedding of another width than the weights want.
             NoFaceError: the landmark detector does not see this face.
         """
+        return self.read(image, face, name)[0]
+
+    def read(
+        self, image: Image.Image, face: Face, name: str = "the picture"
+    ) -> tuple[PuLIDFeatures, tuple[np.ndarray, np.ndarray] | None]:
+        """`features_of`, and what the parsing network saw: the classes of the aligned chip's pixels, uint8 [512, 512],
+        with the matrix [2, 3] from the picture to the chip; None without that network."""
         embedding = np.asarray(self.analyzer.embed(image, face), np.float32).reshape(-1)
         if embedding.shape != (self.id_dim,):
             raise InputError(
                 f"PuLID wants a face embedding of {self.id_dim} numbers, {self._analyzer_name()} gives "
                 f"{embedding.size}; the published weights need glintr100 (antelopev2)"
             )
-        chip = self.align(image, self._points(image, face, name))
+        matrix = self._matrix(self._points(image, face, name))
         with torch.no_grad():
-            clip, hidden = self._vision(chip)
+            clip, hidden, labels = self._vision(warp_bilinear(image, matrix, CHIP, CHIP_FILL))
         clip = clip / clip.norm(dim=-1, keepdim=True)
         id_cond = torch.cat([torch.from_numpy(embedding)[None], clip.float().cpu()], -1)
-        return PuLIDFeatures(id_cond[:, None], tuple(h.float().cpu()[:, None] for h in hidden), self.meta())
+        features = PuLIDFeatures(id_cond[:, None], tuple(h.float().cpu()[:, None] for h in hidden), self.meta())
+        return features, None if labels is None else (labels[0].to(torch.uint8).numpy(), matrix)
 
     def align(self, image: Image.Image, points: np.ndarray) -> np.ndarray:
         """The FFHQ-aligned chip [512, 512, 3] uint8 of the face with five ``points`` [5,2] in ``image``."""
+        return warp_bilinear(image, self._matrix(points), CHIP, CHIP_FILL)
+
+    def _matrix(self, points: np.ndarray) -> np.ndarray:
+        """[2, 3] from the picture to the chip."""
         estimate = lmeds_transform if self.estimator == "lmeds" else similarity_transform
-        return warp_bilinear(image, estimate(points, template("ffhq")), CHIP, CHIP_FILL)
+        return estimate(points, template("ffhq"))
 
     def _points(self, image: Image.Image, face: Face, name: str) -> np.ndarray:
         """The points to align by: the analyzer's, or those that the landmark detector finds on the same face."""
@@ -238,13 +250,15 @@ class PuLIDPreprocess:
         except InputError as e:
             raise type(e)(f"{name} ({image.width}x{image.height}): {e}") from e
 
-    def _vision(self, chip: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _vision(self, chip: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The tower's results, and the classes of the chip's pixels [1, 512, 512]."""
         x = torch.from_numpy(chip).permute(2, 0, 1)[None].float() / 255
-        if self.parsing is not None:
-            x = whiten(x, self.parsing.labels(x).cpu())
+        labels = None if self.parsing is None else self.parsing.labels(x).cpu()
+        if labels is not None:
+            x = whiten(x, labels)
         weight = self.tower.patch_embed.proj.weight
         pixels = clip_pixels(x, self.tower.config.image_size, self.antialias)
-        return self.tower(pixels.to(weight.device, weight.dtype))
+        return *self.tower(pixels.to(weight.device, weight.dtype)), labels
 
     def _analyzer_name(self) -> str:
         return str(getattr(self.analyzer, "name", type(self.analyzer).__name__))

@@ -32,7 +32,8 @@ class Batch:
         latents: [B, C, h, w] float32, scaled as the UNet wants them, or None.
         sizes: [B, 6] float32: original height, width; crop top, left; target height, width (SDXL's time ids).
         face: what the system's frozen face networks saw of each sample's face, tensors [B, ...] by name.
-        extra: anything else that a data source adds, by name (face boxes, landmarks [B, 5, 2] in pixels, masks).
+        extra: anything else that a data source adds, by name (face boxes, landmarks [B, 5, 2] in pixels, and
+            "parts", uint8 [B, H, W], classes of face parsing where it was prepared).
     """
 
     ids: list[str]

@@ -15,6 +15,8 @@ from ...encoders.face import Face
 from ...encoders.onnx_runtime import ASSETS, sha256_of
 from ...encoders.pulid_features import PuLIDFeatures
 from ...errors import InputError
+from .parts import NAME as PARTS
+from .parts import parts_map
 
 SYSTEMS = ("none", "tiny-pulid", "pulid")
 
@@ -129,12 +131,13 @@ class Faces:
         elif self.system == "pulid":
             from ...encoders.pulid_preprocess import VERSION as PULID
 
-            found["features"] = PULID
+            found["features"] = PULID if self.parsing is None else f"{PULID}, parts"
         return found
 
 
 class PuLIDFaces:
-    """The published chain (`PuLIDPreprocess`) as a provider: `id_cond` [1, 1280], `hidden.0` to `.4` [1, T, W]."""
+    """The published chain (`PuLIDPreprocess`) as a provider: `id_cond` [1, 1280], `hidden.0` to `.4` [1, T, W], and
+    with a parsing network `parts` [128, 128], classes of the picture's pixels (`data/parts.py`)."""
 
     name = "pulid"
 
@@ -146,8 +149,9 @@ class PuLIDFaces:
         return "|".join(f"{k}={v}" for k, v in sorted(self.chain.meta().items()))
 
     def features(self, picture: Image.Image, face: Face) -> dict[str, Tensor]:
-        found = self.chain.features_of(picture, face)
-        return {"id_cond": found.id_cond[0], **{f"hidden.{i}": h[0] for i, h in enumerate(found.hidden)}}
+        found, seen = self.chain.read(picture, face)
+        parts = {} if seen is None else {PARTS: parts_map(*seen, picture.size)}
+        return {"id_cond": found.id_cond[0], **{f"hidden.{i}": h[0] for i, h in enumerate(found.hidden)}, **parts}
 
 
 def pulid_features(face: Mapping[str, Tensor]) -> PuLIDFeatures:

@@ -26,6 +26,8 @@ from .caches import Caches
 from .latents import probe, same_probe
 from .options import Record
 from .order import Order
+from .parts import NAME as PARTS
+from .parts import parts_in_crop
 from .reading import read_bytes
 
 
@@ -164,6 +166,8 @@ class PreparedSource:
             "boxes": torch.from_numpy(crop.box(np.array(record.box), record.size)).float(),
             "face": self.caches.face(record, crop.flip),
         }  # fmt: skip
+        if PARTS in out["face"]:
+            out[PARTS] = parts_in_crop(out["face"].pop(PARTS), crop)
         if self.latents is not None:
             out["latents"] = self.caches.latent(record)
         else:
@@ -213,11 +217,12 @@ def _batch(samples: list[dict[str, Any]], places: np.ndarray) -> Batch:
     def stack(key: str) -> Tensor | None:
         return torch.stack([s[key] for s in samples]) if key in samples[0] else None
 
+    extra = {k: stack(k) for k in ("landmarks", "boxes", PARTS) if k in samples[0]}
     face = {k: torch.stack([s["face"][k] for s in samples]) for k in samples[0]["face"]}
     return Batch(
         ids=[s["id"] for s in samples], places=torch.from_numpy(places).long(),
         prompts=[s["prompt"] for s in samples], pixels=stack("pixels"), latents=stack("latents"),
-        sizes=stack("sizes"), face=face, extra={"landmarks": stack("landmarks"), "boxes": stack("boxes")},
+        sizes=stack("sizes"), face=face, extra=extra,
     )  # fmt: skip
 
 

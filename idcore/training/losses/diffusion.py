@@ -18,6 +18,7 @@ def diffusion_loss(
     snr: Tensor | None = None,
     min_snr: float | None = None,
     parametrisation: str = "epsilon",
+    where: Tensor | None = None,
 ) -> Tensor:
     """The mean over the samples of each one's weighted distance, a float32 number (float64 for float64).
 
@@ -27,6 +28,7 @@ def diffusion_loss(
             the paper writes, not squared.
         snr: signal-to-noise ratio [B] of the samples' noise levels, needed with `min_snr`.
         min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556; 5 there), for "mse" only; None: no weights.
+        where: weights [B, 1, h, w] of the places, mean 1 in each sample. None: all alike.
         parametrisation: what is predicted: "epsilon", "v_prediction" or "sample" (the clean picture).
 
     Raises:
@@ -37,7 +39,8 @@ def diffusion_loss(
     if prediction.shape != target.shape:
         raise InputError(f"L_diff: prediction is {list(prediction.shape)}, its target {list(target.shape)}")
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    square = (prediction.to(wide) - target.to(wide)).flatten(1) ** 2
+    square = (prediction.to(wide) - target.to(wide)) ** 2
+    square = (square if where is None else square * where.to(square)).flatten(1)
     if norm == "norm":
         if min_snr is not None:
             raise InputError('L_diff: min_snr weighs mean squares; take norm="mse" with it, or leave it out')

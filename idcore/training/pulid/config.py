@@ -76,6 +76,9 @@ class LossSettings:
     diffusion: float = setting(1.0, "Weight of L_diff", low=0, source="P equation 7")
     diffusion_norm: Literal["mse", "norm"] = setting("mse", "Mean square, or the Euclidean norm that P writes")
     min_snr: float | None = setting(None, "Gamma of min-SNR weighting (5 in arXiv 2303.09556); null: none", above=0)
+    face_weight: float = setting(
+        0.0, "L_diff counts the face's pixels 1 + this many times; wants data prepared with --parsing", low=0
+    )
     alignment_norm: Literal["mse", "rms", "norm"] = setting(
         "mse", "Of a layer's difference: mean square, its root, or the Euclidean norm that P writes"
     )

@@ -15,6 +15,8 @@ from ...errors import InputError
 from ...systems.pulid import PuLID
 from ..contract import Base, Batch, Step, Text, Validation
 from ..data.faces import pulid_features
+from ..data.parts import NAME as PARTS
+from ..data.parts import face_weights
 from ..injection import Injection, Person, undressed
 from ..losses.alignment import alignment_loss
 from ..losses.diffusion import diffusion_loss
@@ -98,6 +100,7 @@ class PuLIDTask:
         loss = diffusion_loss(
             prediction, base.target(latents, noise, t), norm=c.loss.diffusion_norm, min_snr=c.loss.min_snr,
             snr=None if c.loss.min_snr is None else base.snr(t), parametrisation=base.prediction,
+            where=self._where(batch, latents),
         )  # fmt: skip
         self._logs["diffusion"] = float(loss.detach())
         terms = {"diffusion": c.loss.diffusion * loss}
@@ -105,6 +108,17 @@ class PuLIDTask:
             picture = base.decode(base.clean(x, t, prediction), checkpoint=c.loss.checkpoint_decode)
             terms["identity"] = c.loss.identity * self._identity(picture, wanted, keep)
         return terms
+
+    def _where(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """Weights of L_diff's places; None: all alike."""
+        if self.config.loss.face_weight == 0:
+            return None
+        if PARTS not in batch.extra:
+            raise InputError(
+                "settings: loss.face_weight wants the parsing of the faces, which this data lacks; prepare it with "
+                "--system pulid --parsing FILE, or set loss.face_weight=0"
+            )
+        return face_weights(batch.extra[PARTS].to(latents.device), latents.shape[-2:], self.config.loss.face_weight)
 
     def _size(self, batch: Batch, base: Base, latents: Tensor) -> tuple[int, int]:
         """Height and width of the batch's pictures in pixels."""
