@@ -113,7 +113,7 @@ def test_face_weight_changes_the_loss_and_wants_parsed_data():
                 with pytest.raises(InputError, match="face_weight wants the parsing of the faces.*--parsing FILE"):
                     task.losses(batch, Step(0, 0, 1))
             batch.extra["parts"] = parts
-            losses[weight] = float(task.losses(batch, Step(0, 0, 1))["diffusion"])
+            losses[weight] = task.losses(batch, Step(0, 0, 1))["diffusion"].item()
             del batch.extra["parts"]
         finally:
             task.close()
