@@ -33,6 +33,27 @@ def train_tiny(
     typer.echo(f"{folder}: use it with `idcore generate --base {folder}`", err=True)
 
 
+@app.command("tiny-sd")
+def train_tiny_sd(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoints, the drawn people and the exported model.")
+    ] = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train tiny-sd, the small text-to-image model of drawn people that other trainings start from; resumable."""
+    from .training.tiny_sd.run import run_command
+
+    for line in run_command(
+        out=out, config=config, resume=resume, changes=change or [], allow_change=allow_change or [],
+        print_config=print_config, say=lambda text: typer.echo(text, err=True),
+    ):  # fmt: skip
+        typer.echo(line)
+
+
 @app.command("pulid")
 def train_pulid(
     out: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def open_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     """A frozen base (`contract.Base`) for training.
 
     Args:
-        name: "tiny-sd"; a folder in diffusers' layout, or a hub id that is there already; "tiny" or a folder of `idcore
-            train tiny`, which draws an average face.
+        name: "tiny-sd" or a folder of `idcore train tiny-sd`; a folder in diffusers' layout, or a hub id that is there
+            already; "tiny" or a folder of `idcore train tiny`, which draws an average face.
         dtype: of UNet and text encoders; the embedded models stay float32.
         device: of everything.
 
@@ -36,12 +37,12 @@ def open_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     folder = Path(name)
     if name == "tiny":
         return TinyBase.from_package(somebody=True).to(device)
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return TinyBase.from_folder(name, somebody=True).to(device)
-    if name == TINY_SD:
+    if name == TINY_SD or is_tiny_sd(folder):
         from .tiny_sd import TinySDBase
 
-        return TinySDBase.from_package().to(device)
+        return (TinySDBase.from_package() if name == TINY_SD else TinySDBase.from_folder(folder)).to(device)
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return TinyBase.from_folder(name, somebody=True).to(device)
     from .sd15 import SD15Base
     from .sdxl import SDXLBase
 
@@ -75,6 +76,14 @@ def face_points(base: Any, edge: int) -> np.ndarray | None:
     from ...systems.tiny import WIDE_PADDING
 
     return template("dlib", edge, WIDE_PADDING) - 0.5
+
+
+def is_tiny_sd(folder: Path) -> bool:
+    """A result of `idcore train tiny-sd` (that of `idcore train tiny` has the same files)."""
+    try:
+        return json.loads((folder / "config.json").read_text())["kind"] == TINY_SD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _pipeline_class(name: str) -> str:

@@ -92,17 +92,24 @@ def _pick(rng: np.random.Generator, options) -> str:
 
 
 def write_prompt(
-    rng: np.random.Generator, style: str, background: str | None, expression: str | None, pose: str | None
+    rng: np.random.Generator,
+    style: str,
+    background: str | None,
+    expression: str | None,
+    pose: str | None,
+    subject: str | None = None,
 ) -> str:
-    """One of many ways to say these attributes; None leaves an attribute unsaid (keep the reference's)."""
+    """One of many ways to say these attributes; None leaves an attribute unsaid (keep the reference's). `subject`: who
+    is seen, always said; None: somebody."""
     said = []
     core = _pick(rng, _STYLE[style])
-    subject = _pick(rng, _SUBJECT)
+    named = subject is not None
+    subject = subject or _pick(rng, _SUBJECT)
     if expression and rng.random() < 0.5:
-        noun = subject.split()[-1]
+        noun = subject if named else subject.split()[-1]
         core += f" of a {_pick(rng, _ADJECTIVE[expression])} {noun}"
     else:
-        core += f" of {subject}" if rng.random() < 0.9 else ""
+        core += f" of {subject}" if named or rng.random() < 0.9 else ""
         if expression:
             said.append(_pick(rng, _EXPRESSION[expression]))
     if pose:

@@ -1,0 +1,96 @@
+"""Training of tiny-sd on the loop of all systems."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...errors import WeightsError
+from ...sampling.tiny_sd import TinySDConfig
+from ...workflows import writable_folder
+from .. import checkpoint, state
+from ..commands import TrainArguments, run_training
+from ..config import LoopConfig, load, setting
+from ..loop import CHECKPOINTS, RESULT, train
+from ..processes import spawn
+from ..tiny.pool import make_pool
+from .data import PeopleData, PeopleSource
+from .task import TinySDTask
+
+
+def _loop() -> LoopConfig:
+    return LoopConfig(
+        steps=4500, batch=32, lr=1.2e-3, schedule="linear", warmup=100, decay=0.4, lr_end=0.02, betas=(0.9, 0.98),
+        ema=0.998, precision="bf16", device="cpu", validate_every=500, save_every=250, keep=2, log_every=20,
+        trackers=(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinySDTrainConfig:
+    """What `train_tiny_sd` does. All values are our choice."""
+
+    loop: LoopConfig = setting(factory=_loop, doc="Training loop")
+    pool: str | None = setting(None, "Folder of rendered people; null: pool/ in the output's folder", free=True)
+    shards: int = setting(28, "Fill the pool up to as many shards of 500 people; 0: take it as it is", low=0, free=True)
+    workers: int = setting(1, "Processes on this machine", low=1, free=True)
+    threads: int = setting(1, "CPU threads of each", low=1, free=True)
+    init: str | None = setting(None, "Folder of another training whose averaged weights to start from", free=True)
+    drop_text: float = setting(0.05, "Share of samples without prompt", low=0, high=1)
+    model: TinySDConfig | None = setting(None, "Widths of the model; null: the shipped one's")
+
+
+def train_tiny_sd(
+    config: TinySDTrainConfig, out: str | Path, resume: bool = False, allow_change: Sequence[str] = ()
+) -> Path:
+    """Train, or go on from the newest checkpoint in `out`; see `loop.train` for what is returned and raised."""
+    out = Path(out)
+    if not resume:
+        checkpoint.require_none(out / CHECKPOINTS)  # before people are drawn
+    pool = Path(config.pool) if config.pool else out / "pool"
+    if config.shards:
+        make_pool(pool, config.shards, workers=config.workers)
+    if config.workers == 1:
+        return _work(config, out, pool, resume, allow_change)
+    spawn(_work, config.workers, config, out, pool, resume, allow_change)
+    done = checkpoint.newest(out / CHECKPOINTS)
+    return out / RESULT if done.step == config.loop.steps else done.folder
+
+
+def _work(config: TinySDTrainConfig, out: Path, pool: Path, resume: bool, allow_change: Sequence[str]) -> Path:
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or accelerate sets another number of threads
+    torch.set_num_threads(config.threads)
+    model = config.model or TinySDConfig()
+    data = PeopleData(pool, config.loop.seed, model.width)
+    task = TinySDTask(model, config.loop.seed, config.drop_text)
+    if config.init and not resume:
+        found = checkpoint.newest(Path(config.init) / CHECKPOINTS)
+        if found is None:
+            raise WeightsError(f"no checkpoint in {config.init} to start from; wanted the folder of a training")
+        state.load_module(task.module, found.tensors("average"), f"checkpoint {found.folder}")
+    source = PeopleSource(data, config.loop.batch)
+    return train(task, source, config.loop, out, resume=resume, settings=config, allow_change=allow_change)
+
+
+def run_command(
+    *,
+    out: Path | None,
+    config: Path | None,
+    resume: bool,
+    changes: Sequence[str],
+    allow_change: Sequence[str],
+    print_config: bool,
+    say: Callable[[str], None],
+) -> list[str]:
+    """`idcore train tiny-sd`; returns the lines for standard output."""
+    given = TrainArguments(out, config, None, resume, changes, allow_change, print_config, say)
+    settings = load(TinySDTrainConfig, config, changes)
+
+    def go(chosen: TinySDTrainConfig, folder: Path) -> Path:
+        return train_tiny_sd(chosen, writable_folder(folder), resume, allow_change)
+
+    return run_training("tiny-sd", given, settings, go, use="idcore train ... --base {made}")
