@@ -1,4 +1,4 @@
-"""The command line: demo, encode, mix, generate, evaluate, prepare, train, convert, fetch, doctor, env."""
+"""The command line: demo, encode, mix, generate, evaluate, prepare, augment, train, convert, fetch, doctor, env."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_augment import augment
 from .cli_evaluate import evaluate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
 from .cli_train import app as train_app
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.command()(evaluate)
+app.command()(augment)
 
 
 @app.command()

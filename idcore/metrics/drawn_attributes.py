@@ -21,7 +21,7 @@ from .gate import MISS_DISTANCE, Judge, background_of
 from .tiny_style import StyleJudge
 
 ASKS = ("background", "style", "expression", "pose")
-PEOPLE_SEED = 5_000_000  # of people for tables: no training draws them, nor are they the names of tiny-sd
+PEOPLE_SEED = 5_500_000  # of people for tables: no training draws them, nor are they the names of tiny-sd
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def prepare(
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, command: str = "idcore prepare") -> Iterator[None]:
     """Nobody else writes into a prepared folder meanwhile; what a killed run left half written is removed."""
     try:
         import fcntl
@@ -94,9 +94,7 @@ def alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise InputError(
-                f"another idcore prepare is writing into {out}; wait for it, or choose another --out"
-            ) from e
+            raise InputError(f"another {command} is writing into {out}; wait for it, or choose another --out") from e
         for half in (p for folder in (out, *(out / name for name in FOLDERS)) for p in folder.glob(".*.part")):
             half.unlink(missing_ok=True)
         yield
@@ -118,22 +116,31 @@ def _dry(entries: list[Entry], root: Path, config: PrepareConfig, faces: FaceSet
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder this run's, or refuse another run's settings."""
     file = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        claim(file, settings, "was prepared")
+        for name in FOLDERS[:2]:  # after the settings: a run that is killed here can go on
+            (out / name).mkdir(exist_ok=True)
+    except OSError as e:
+        raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
+
+
+def claim(file: Path, settings: dict[str, Any], verb: str) -> None:
+    """Write settings.json into a folder that is empty yet; where it stands, refuse other settings.
+
+    Raises:
+        InputError: other settings (named), a file that cannot be read, or a folder with other things in it.
+    """
     if file.exists():
         try:
             was = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise InputError(f"{file} cannot be read: {e}; remove the folder or choose another --out") from e
-        require_same(was, settings, f"{out} was prepared", "choose another --out, or remove the folder")
+        require_same(was, settings, f"{file.parent} {verb}", "choose another --out, or remove the folder")
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(p for p in out.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"{out} holds other things and no settings.json; choose an empty folder for --out")
-        for name in FOLDERS[:2]:
-            (out / name).mkdir(exist_ok=True)
-    except OSError as e:
-        raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
-    replace_text(file, json.dumps(settings, indent=1) + "\n")
+    if any(p for p in file.parent.iterdir() if not p.name.startswith(".")):
+        raise InputError(f"{file.parent} holds other things and no settings.json; choose an empty folder for --out")
+    replace_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
 def require_same(was: dict[str, Any], now: dict[str, Any], what: str, advice: str) -> None:
