@@ -1,18 +1,17 @@
 """`idcore augment` on a Ray cluster of this machine: the same data set, whoever dies."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from augment_cases import COLOURS, Painted, PaintBase
+from augment_cases import COLOURS, Painted
 from test_augment import contents, everything, job, lines
 
 from idcore.errors import IdcoreError, InputError, MissingDependencyError
 from idcore.training.augment.on_ray import Cluster
 from idcore.training.augment.run import augment
-from idcore.training.augment.store import Folder, key_of
+from idcore.training.augment.store import Folder
 
 ray = pytest.importorskip("ray")
 NAMES = [*COLOURS, "ghost", "stubborn"]
@@ -21,10 +20,7 @@ NAMES = [*COLOURS, "ghost", "stubborn"]
 @pytest.fixture(scope="module")
 def cluster():
     """One cluster for all tests here, which `Cluster` finds running and leaves running."""
-    ray.init(
-        num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False,
-        _system_config={"gcs_rpc_server_reconnect_timeout_s": 60},
-    )  # fmt: skip
+    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
     yield Cluster(workers=2, cpus=0.5)
     ray.shutdown()
 
@@ -97,7 +93,3 @@ def test_nobody_is_at_the_address():
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "no Ray cluster at '127.0.0.1:1'" in said.stdout, said.stderr
-
-
-def test_names_as_files():
-    assert json.loads(json.dumps(key_of("cy"))) == key_of("cy") and PaintBase.name == "paint"
