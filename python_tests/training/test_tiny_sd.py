@@ -79,7 +79,7 @@ def test_codes_are_a_linear_image_of_the_people():
 
 def test_a_batch_says_what_it_shows(pool):
     data = PeopleData(pool)
-    prompts, words, pictures = data.batch(0, 24)
+    prompts, words, pictures, present = data.batch(0, 24)
     again = data.batch(0, 24)
     assert prompts == again[0] and torch.equal(pictures, again[2]) and torch.equal(words, again[1])
     assert pictures.shape == (24, 3, 64, 64) and 0 <= pictures.min() and pictures.max() <= 1
@@ -92,6 +92,7 @@ def test_a_batch_says_what_it_shows(pool):
     for picture in blue:
         corner = picture[:, :6, :6].mean((1, 2))
         assert corner[2] > corner[0] + 0.1
+    assert any(p and ONE in text for p, text in zip(present, prompts)) and not all(present)
     assert any(ONE in p for p in prompts) and any(ONE not in p for p in prompts)
 
 
@@ -103,6 +104,14 @@ def test_the_source_is_for_one_size_of_batch(pool):
         assert x.prompts == y.prompts and torch.equal(x.pixels, y.pixels) and torch.equal(x.places, y.places)
     with pytest.raises(InputError, match="drawn for batch 2 and seed 0, asked for 3 and 0"):
         next(source.micro_batches(0, 0, 0, 1, 3, 1))
+
+
+def test_the_recogniser_joins_late(pool, tmp_path):
+    late = replace(TinySDTrainConfig().late, begin=1, share=1.0)
+    train_tiny_sd(replace(config(pool, steps=2), late=late), tmp_path)
+    first, second = (json.loads(line)["terms"] for line in (tmp_path / "losses.jsonl").read_text().splitlines())
+    assert set(first) == {"picture"} and set(second) == {"picture", "perceptual", "identity"}
+    assert second["identity"] > 0
 
 
 def test_resuming_equals_not_having_stopped_bit_for_bit(pool, trained, tmp_path):

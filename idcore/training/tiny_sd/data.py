@@ -50,8 +50,9 @@ class PeopleData:
         self.codes = codes(people, width)
         self.textures = texture_bank(256, SIZE)
 
-    def batch(self, step: int, size: int) -> tuple[list[str], Tensor, Tensor]:
-        """Prompts, the words' vectors [size, 2, E] (of `ONE` and `TWO`), and pictures [size, 3, 64, 64] in 0..1."""
+    def batch(self, step: int, size: int) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """Prompts, the words' vectors [size, 2, E] (of `ONE` and `TWO`), pictures [size, 3, 64, 64] in 0..1, whether
+        anybody is seen, float32 [size]."""
         rng = np.random.default_rng([self.seed, step])
         who = rng.integers(0, len(self.pictures), size)
         view = rng.integers(0, 2, size)
@@ -61,7 +62,8 @@ class PeopleData:
         one = self.codes[who]
         apart = spread * self.shares.spread * np.array([[p["two"]] for p in plans], np.float32)
         words = torch.from_numpy(np.stack([one + apart, one - apart], 1))
-        return [p["prompt"] for p in plans], words, self._picture(rng, drawn, plans)
+        present = torch.tensor([float(not p["empty"]) for p in plans])
+        return [p["prompt"] for p in plans], words, self._picture(rng, drawn, plans), present
 
     def _plan(self, rng: np.random.Generator, labels: np.ndarray) -> dict[str, Any]:
         s = self.shares
@@ -131,15 +133,16 @@ class PeopleSource:
         return len(self.data.pictures)
 
     def micro_batches(self, step: int, seed: int, rank: int, world: int, size: int, count: int) -> Iterator[Batch]:
-        """See `contract.Source`; `extra["words"]` [B, 2, E] are the vectors of `ONE` and `TWO` in the prompts."""
+        """See `contract.Source`; `extra["words"]` [B, 2, E] are the vectors of `ONE` and `TWO` in the prompts;
+        `extra["present"]` [B] is 0 where nobody is seen."""
         if size != self.size or seed != self.data.seed:
             raise InputError(f"drawn for batch {self.size} and seed {self.data.seed}, asked for {size} and {seed}")
         for m in range(count):
             part = m * world + rank
-            prompts, words, pictures = self.data.batch(step * world * count + part, size)
+            prompts, words, pictures, present = self.data.batch(step * world * count + part, size)
             places = torch.arange(part * size, (part + 1) * size)
             ids = [f"step {step}, place {p}" for p in places.tolist()]
-            yield Batch(ids, places, prompts, pixels=pictures * 2 - 1, extra={"words": words})
+            yield Batch(ids, places, prompts, pixels=pictures * 2 - 1, extra={"words": words, "present": present})
 
     def state(self) -> dict[str, Any]:
         return {"people": len(self), "block": self.size}

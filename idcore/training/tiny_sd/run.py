@@ -19,12 +19,12 @@ from ..loop import CHECKPOINTS, RESULT, train
 from ..processes import spawn
 from ..tiny.pool import make_pool
 from .data import PeopleData, PeopleSource
-from .task import TinySDTask
+from .task import RecogniserPhase, TinySDTask
 
 
 def _loop() -> LoopConfig:
     return LoopConfig(
-        steps=4500, batch=32, lr=1.2e-3, schedule="linear", warmup=100, decay=0.4, lr_end=0.02, betas=(0.9, 0.98),
+        steps=6000, batch=32, lr=1.2e-3, schedule="linear", warmup=100, decay=0.4, lr_end=0.02, betas=(0.9, 0.98),
         ema=0.998, precision="bf16", device="cpu", validate_every=500, save_every=250, keep=2, log_every=20,
         trackers=(),
     )  # fmt: skip
@@ -41,6 +41,7 @@ class TinySDTrainConfig:
     threads: int = setting(1, "CPU threads of each", low=1, free=True)
     init: str | None = setting(None, "Folder of another training whose averaged weights to start from", free=True)
     drop_text: float = setting(0.05, "Share of samples without prompt", low=0, high=1)
+    late: RecogniserPhase = setting(factory=RecogniserPhase, doc="The face recogniser's losses, late")
     model: TinySDConfig | None = setting(None, "Widths of the model; null: the shipped one's")
 
 
@@ -66,7 +67,7 @@ def _work(config: TinySDTrainConfig, out: Path, pool: Path, resume: bool, allow_
     torch.set_num_threads(config.threads)
     model = config.model or TinySDConfig()
     data = PeopleData(pool, config.loop.seed, model.width)
-    task = TinySDTask(model, config.loop.seed, config.drop_text)
+    task = TinySDTask(model, config.loop.seed, config.drop_text, config.late)
     if config.init and not resume:
         found = checkpoint.newest(Path(config.init) / CHECKPOINTS)
         if found is None:

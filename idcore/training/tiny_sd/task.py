@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...encoders.dlib_torch import DlibRecogniser
 from ...sampling.tiny_sd import (
     FOLD,
     NAMED_SEED,
@@ -23,11 +25,22 @@ from ...sampling.tiny_sd import (
 )
 from ..bases.tiny_sd import timesteps
 from ..contract import Batch, Step, Validation
-from ..tiny.losses import face_weight, picture_loss
+from ..settings import setting
+from ..tiny.losses import RecogniserLoss, face_weight, picture_loss
 from ..tiny.people import sample_person
 from .codes import codes
 from .data import ONE, TWO
 from .showing import show_people
+
+
+@dataclass(frozen=True)
+class RecogniserPhase:
+    """The face recogniser's losses, late in the training: of its features and of its embedding (all our choice)."""
+
+    begin: int = setting(4_000, "Step from which they count", low=0)
+    share: float = setting(0.2, "Share of each batch that they see: they are dear", above=0, high=1)
+    perceptual: float = setting(0.1, "Weight of the features", low=0)
+    identity: float = setting(0.5, "Weight of the embedding", low=0)
 
 
 class TinySDTask:
@@ -35,8 +48,11 @@ class TinySDTask:
 
     name = "tiny-sd"
 
-    def __init__(self, config: TinySDConfig, seed: int = 0, drop_text: float = 0.05) -> None:
-        self.config, self.drop_text = config, drop_text
+    def __init__(
+        self, config: TinySDConfig, seed: int = 0, drop_text: float = 0.05, late: RecogniserPhase | None = None
+    ) -> None:
+        self.config, self.drop_text, self.late = config, drop_text, late or RecogniserPhase()
+        self.recogniser = RecogniserLoss(DlibRecogniser().eval().to(memory_format=torch.channels_last))
         torch.manual_seed(seed)
         unet, text = make_unet(config), make_text_encoder(config)
         nn.init.normal_(text.get_input_embeddings().weight, std=0.3)
@@ -74,7 +90,23 @@ class TinySDTask:
         noise = step.normal("noise", batch.places, x0.shape[1:])
         noisy = product.sqrt() * x0 + (1 - product).sqrt() * noise
         made = self.module["unet"](noisy, t, encoder_hidden_states=text).sample
-        return {"picture": picture_loss(F.pixel_shuffle(made.float(), FOLD), batch.pixels, self.weight)}
+        picture = F.pixel_shuffle(made.float(), FOLD)
+        terms = {"picture": picture_loss(picture, batch.pixels, self.weight)}
+        return terms if step.index < self.late.begin else terms | self._recognised(picture, batch, step)
+
+    def _recognised(self, made: Tensor, batch: Batch, step: Step) -> dict[str, Tensor]:
+        k = max(1, round(len(made) * self.late.share))
+        shift = step.normal("shift", batch.places[:k], (2,)) * 0.015
+        look = self.recogniser.features
+        feats, embedding = look((made[:k] * 0.5 + 0.5), shift)
+        with torch.no_grad():
+            wanted, person = look(batch.pixels[:k] * 0.5 + 0.5, shift)
+        present = batch.extra["present"][:k]
+        identity = ((embedding.float() - person.float()) ** 2).sum(1) * present
+        return {
+            "perceptual": self.late.perceptual * self.recogniser.perceptual(feats, wanted),
+            "identity": self.late.identity * identity.sum() / present.sum().clamp_min(1),
+        }
 
     def logs(self) -> dict[str, float]:
         return {}
