@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainConfig
+from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainConfig, TrainOut
 
 app = typer.Typer(help="Train a system.", no_args_is_help=True)
 
@@ -80,3 +80,31 @@ def train_pulid(
         allow_change=allow_change or [], print_config=print_config, say=lambda text: typer.echo(text, err=True),
     ):  # fmt: skip
         typer.echo(line)
+
+
+@app.command("face-vit")
+def train_face_vit(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help='Folders of people, PERSON/*.jpg, as they are or of `idcore prepare`; "drawn": drawn people.'
+        ),
+    ] = None,
+    out: TrainOut = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train a face ViT for identification (ArcFace's head), which DreamIdentity's encoder begins with."""
+    from .training.commands import TrainArguments
+    from .training.face_vit.run import run_command
+
+    arguments = TrainArguments(out, config, None, resume, change or [], allow_change or [], print_config, _say)
+    for line in run_command(data, arguments):
+        typer.echo(line)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -42,16 +42,18 @@ _FFHQ_512 = (
     (201.26117, 371.41043),
     (313.08905, 371.15118),
 )
-TEMPLATES = {"dlib": 150, "arcface": 112, "ffhq": 512}
+TEMPLATES = {"dlib": 150, "arcface": 112, "ffhq": 512, "head": 96}
 DLIB_PADDING = 0.25
+HEAD_PADDING = 0.6  # dlib's average face with the whole head around it (our choice)
 
 
 def template(name: str, size: int | None = None, padding: float = DLIB_PADDING) -> np.ndarray:
     """The five wanted points [5,2] float64 of a square chip.
 
     Args:
-        name: "dlib" (average face and ``padding`` of its size on each side), "arcface" or "ffhq".
-        size: side of the chip in pixels; by default 150, 112 and 512. The points scale with it.
+        name: "dlib" (average face and ``padding`` of its size on each side), "arcface", "ffhq", or "head" ("dlib" with
+            0.6 of padding: hair and all).
+        size: side of the chip in pixels; by default 150, 112, 512 and 96. The points scale with it.
         padding: for "dlib" only; 0.25 is what its recogniser was trained on, more shows more of the head.
     """
     if name not in TEMPLATES:
@@ -59,7 +61,8 @@ def template(name: str, size: int | None = None, padding: float = DLIB_PADDING) 
     size = TEMPLATES[name] if size is None else size
     if size < 1:
         raise InputError(f"The chip's size must be at least 1 pixel, got {size}.")
-    if name == "dlib":
+    if name in ("dlib", "head"):
+        padding = HEAD_PADDING if name == "head" else padding
         if padding <= -0.5:
             raise InputError(f"padding must be above -0.5 (nothing is left of the chip there), got {padding}.")
         return (np.array(_DLIB_MEAN_FACE) + padding) / (1 + 2 * padding) * size

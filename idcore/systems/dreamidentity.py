@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idcore.encoders.align import TEMPLATES
 from idcore.encoders.face_vit import FaceViT, FaceViTConfig, check_taps
 from idcore.errors import InputError, WeightsError
 from idcore.files import require_keys
@@ -43,6 +44,7 @@ class DreamIdentityConfig:
         taps: Blocks counted from 1 whose class tokens are read.
         hidden: Width of each MLP's inner layer (our choice).
         adain: Give each word the mean and spread of names' embeddings (StableIdentity, eq. for v*).
+        template: How faces are cut out of photos; see `FaceCrops`.
     """
 
     vit: FaceViTConfig = field(default_factory=FaceViTConfig)
@@ -51,9 +53,12 @@ class DreamIdentityConfig:
     taps: tuple[int, ...] = PAPER_TAPS
     hidden: int = 1024
     adain: bool = True
+    template: str = "arcface"
 
     def __post_init__(self) -> None:
         check_taps(self.taps, self.vit.depth)
+        if self.template not in TEMPLATES:
+            raise InputError(f"DreamIdentity: template must be one of {', '.join(TEMPLATES)}, got {self.template!r}")
         if self.words < 1 or self.hidden < 1 or len(self.widths) not in (1, 2) or min(self.widths) < 1:
             raise InputError(
                 f"DreamIdentity: wanted words and hidden above 0 and one or two widths, got words {self.words}, hidden "

@@ -188,7 +188,10 @@ def _dreamidentity(weights: Path, faces: str, policy: Any, for_photos: bool) -> 
 
     loaded = DreamIdentity.from_weights(weights)
     if for_photos:
-        loaded.__dict__["preprocess"] = FaceCrops(loaded.config.vit.image_size, _analyzer(faces), policy=policy)
+        c = loaded.config
+        loaded.__dict__["preprocess"] = FaceCrops(
+            c.vit.image_size, _analyzer(faces), policy=policy, template=c.template
+        )
     return loaded
 
 

@@ -117,8 +117,13 @@ def insert(values: dict[str, Any], text: str) -> None:
     values[parts[-1]] = _Text(value.strip())
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "settings", place: str = "") -> T:
-    """A dataclass from nested plain values, each checked against its field's type and range; then its `check()`."""
+def build(
+    cls: type[T], values: Mapping[str, Any], where: str = "settings", place: str = "", below: T | None = None
+) -> T:
+    """A dataclass from nested plain values, each checked against its field's type and range; then its `check()`.
+
+    What `values` lacks is as in `below`; without it, as the fields' own defaults.
+    """
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     given: dict[str, Any] = {}
@@ -126,19 +131,30 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "settings", plac
         full = f"{place}{key}"
         if key not in fields:
             raise InputError(f"{where}: unknown key {full!r}; {_nearest(str(key), cls, place)}")
-        given[key] = _convert(hints[key], value, where, full)
+        inner = hints[key]
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            given[key] = build(inner, value, where, full + ".", _default(fields[key], below))
+        else:
+            given[key] = _convert(inner, value, where, full)
         _check_range(about(fields[key]), given[key], where, full)
     missing = [
         f"{place}{n}" for n, f in fields.items()
-        if n not in given and f.default is MISSING and f.default_factory is MISSING
+        if below is None and n not in given and f.default is MISSING and f.default_factory is MISSING
     ]  # fmt: skip
     if missing:
         raise InputError(f"{where}: no value for {', '.join(missing)}; add it to the file or --set {missing[0]}=")
-    made = cls(**given)
+    made = cls(**given) if below is None else dataclasses.replace(below, **given)
     check = getattr(made, "check", None)
     if check is not None:
         check()
     return made
+
+
+def _default(field: dataclasses.Field, below: Any) -> Any:
+    """What a field holding settings has by default; None: there is none."""
+    if below is not None:
+        return getattr(below, field.name)
+    return None if field.default_factory is MISSING else field.default_factory()
 
 
 def about(field: dataclasses.Field) -> About:

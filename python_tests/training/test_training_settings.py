@@ -101,3 +101,25 @@ def test_differences_leave_out_what_does_not_change_a_result():
     assert differences(old, Outer(Path("e"), inner=Inner(2.0))) == [("data", "d", "e"), ("inner.lr", 1e-3, 2.0)]
     del old["mode"]
     assert differences(old, Outer(Path("d"))) == [("mode", None, "x")]
+
+
+@dataclass(frozen=True)
+class Part:
+    a: int = setting(1, "A")
+    b: int = setting(2, "B")
+
+
+@dataclass(frozen=True)
+class Whole:
+    part: Part = setting(factory=lambda: Part(b=7), doc="A part with defaults of its own")
+
+
+@dataclass(frozen=True)
+class Wider:
+    whole: Whole = setting(factory=lambda: Whole(Part(a=5, b=8)), doc="Whose defaults differ again")
+
+
+def test_what_a_part_is_not_told_stays_as_the_whole_has_it():
+    assert load(Whole, None, ["part.a=3"]).part == Part(a=3, b=7)
+    assert load(Wider, None, ["whole.part.a=3"]).whole.part == Part(a=3, b=8)
+    assert load(Wider).whole.part == Part(a=5, b=8)

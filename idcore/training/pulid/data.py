@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
 from ..data.faces import Faces
-from ..data.prepare import prepare
+from ..data.opening import prepared_folder
 from ..data.source import PreparedSource
-from ..processes import rank_and_world
 from .config import PuLIDTrainConfig
-
-PREPARED = "prepared"
 
 
 def open_data(data: Path, out: Path, config: PuLIDTrainConfig, say: Any, workers: int = 1) -> PreparedSource:
@@ -28,16 +24,8 @@ def open_data(data: Path, out: Path, config: PuLIDTrainConfig, say: Any, workers
     Raises:
         InputError: no data, data that was prepared for another system, or pictures in a run of several processes.
     """
-    wanted = {"faces system": config.face.features}
-    if (data / "manifest.json").is_file():
-        return PreparedSource(data, config.data, wanted=wanted)
-    if rank_and_world()[1] > 1:
-        raise InputError(
-            f"{data} is not prepared, and several processes would prepare it at once; run idcore prepare first"
-        )
-    report = prepare(data, out / PREPARED, config.prepare, face_setup(config), workers=workers)
-    say(report.table())
-    return PreparedSource(out / PREPARED, config.data, wanted=wanted)
+    folder = prepared_folder(data, out, config.prepare, face_setup(config), say, workers)
+    return PreparedSource(folder, config.data, wanted={"faces system": config.face.features})
 
 
 def face_setup(config: PuLIDTrainConfig) -> Faces:

@@ -1,0 +1,1 @@
+"""Training of the face ViT that DreamIdentity's encoder begins with: face identification."""
