@@ -5,6 +5,8 @@ OUT    ?= demo_out
 TRAIN_OUT ?= train_demo_out
 # ONNX Runtime for the face encoders: cpu, or gpu on a CUDA machine. Never both.
 EXTRA  ?= cpu
+# Processes of the tests; a file's tests stay in one
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*.txt) CMakeLists.txt setup.py
@@ -18,7 +20,7 @@ train-demo: $(VENV)/.train
 	$(BIN)/python -m idcore.training.pulid.demo --out $(TRAIN_OUT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # PyTorch goes first: a looser requirement would bring another build of it.
 $(VENV)/.torch: constraints.txt
