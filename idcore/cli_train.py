@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainConfig, TrainOut
+from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainBase, TrainConfig, TrainOut
 
 app = typer.Typer(help="Train a system.", no_args_is_help=True)
 
@@ -103,6 +103,30 @@ def train_face_vit(
 
     arguments = TrainArguments(out, config, None, resume, change or [], allow_change or [], print_config, _say)
     for line in run_command(data, arguments):
+        typer.echo(line)
+
+
+@app.command("sefi-ide")
+def train_sefi_ide(
+    images: Annotated[
+        list[Path] | None, typer.Option("--images", help="A photo of one person; again for more; or a folder of them.")
+    ] = None,
+    out: TrainOut = None,
+    class_word: Annotated[str | None, typer.Option(help='What the photos show, in a plain word: "person".')] = None,
+    placeholder: Annotated[str | None, typer.Option(help='What prompts will say: "V*".')] = None,
+    base: TrainBase = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Learn one person as a pair of words per stage (SeFi-IDE, arXiv 2402.00631) from one photo, in minutes."""
+    from .training.commands import TrainArguments
+    from .training.sefi_ide.command import run_command
+
+    arguments = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, _say)
+    for line in run_command(arguments, images=images or [], class_word=class_word, placeholder=placeholder):
         typer.echo(line)
 
 

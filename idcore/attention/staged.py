@@ -151,7 +151,8 @@ class AttentionLoss:
         weight * mean over layers of mean (softmax(q k^T / sqrt d) - softmax(q k_ref^T / sqrt d))^2
 
     with no gradient through the reference map. That the distance is squared, and which layers it covers, the paper does
-    not print: all of them is our choice.
+    not print: all of them is our choice. With the form "sum" a sample's whole maps are compared, as the paper's norm
+    says: the sum over image and text tokens, in place of their mean.
 
     Args:
         unet: whose text is staged.
@@ -159,9 +160,10 @@ class AttentionLoss:
         layers: parts of layer names ("down_blocks", "attentions.0", ...); default: all cross-attention layers.
         tokens: which text tokens count, as in `token_attention_loss`; default: all.
         weight: lambda; 0.003 is the paper's best of 0.0001 to 0.05.
+        form: "mean" or "sum".
 
     Raises:
-        InputError: plain text, or no layer of such a name.
+        InputError: plain text, no layer of such a name, or an unknown form.
     """
 
     def __init__(
@@ -173,7 +175,10 @@ class AttentionLoss:
         layers: Sequence[str] | None = None,
         tokens: Tensor | None = None,
         weight: float = 0.003,
+        form: str = "mean",
     ) -> None:
+        if form not in ("mean", "sum"):
+            raise InputError(f"attention loss: form must be mean or sum, got {form!r}")
         names = [n for n in staged.sites if layers is None or any(part in n for part in layers)]
         parts = staged.split(text)
         if not names or parts is None:
@@ -182,7 +187,7 @@ class AttentionLoss:
             )  # fmt: skip
             raise InputError(f"attention loss: {what}; the first layer is {next(iter(staged.sites))}")
         self.layers = {n: attention_of(unet, staged.sites[n]) for n in names}
-        self.staged, self.tokens, self.weight = staged, tokens, weight
+        self.staged, self.tokens, self.weight, self.form = staged, tokens, weight, form
         self.reference = parts.reference.detach()
         self.seen: dict[str, Tensor] = {}
 
@@ -195,7 +200,11 @@ class AttentionLoss:
             plain = attn.to_k(self.reference.to(q.dtype)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             plain = plain if attn.norm_k is None else attn.norm_k(plain)
         keys = k if k.dim() == 4 else _picked(k, self.staged.stage)
-        self.seen.setdefault(name, token_attention_loss(q, keys, plain, tokens=self.tokens))
+        loss = token_attention_loss(q, keys, plain, tokens=self.tokens)
+        if self.form == "sum":
+            counted = keys.shape[-2] if self.tokens is None else self.tokens.float().sum(-1).mean().to(loss.device)
+            loss = loss * (q.shape[2] * counted)
+        self.seen.setdefault(name, loss)
 
     def total(self) -> Tensor:
         """weight * mean over the layers that were shown, float32 [].
