@@ -241,6 +241,7 @@ def prepare(
     ] = None,
     device: Annotated[str, typer.Option(help="Of the vision tower and the base's autoencoder.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16.")] = "float32",
+    texts: Annotated[bool, typer.Option(help="With --base: also encode the captions, in the base's dtype.")] = False,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="A setting: resolution=768, several=largest. May be repeated.")
     ] = None,
@@ -262,7 +263,7 @@ def prepare(
     files = {k: None if v is None else str(v) for k, v in dict(vision=vision, parsing=parsing).items()}
     setup = Setup(system, faces, **files, retinaface=None if retinaface is None else str(retinaface), device=device)
     run_prepare(
-        data, out, setup, changes=change or [], base=base, dtype=dtype, procedural=procedural, seed=seed,
+        data, out, setup, changes=change or [], base=base, dtype=dtype, texts=texts, procedural=procedural, seed=seed,
         workers=workers, dry_run=dry_run, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
 

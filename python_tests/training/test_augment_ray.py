@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import augment_cases
 import pytest
 from augment_cases import COLOURS, Painted
 from test_augment import contents, everything, job, lines
@@ -20,7 +21,16 @@ NAMES = [*COLOURS, "ghost", "stubborn"]
 @pytest.fixture(scope="module")
 def cluster():
     """One cluster for all tests here, which `Cluster` finds running and leaves running."""
-    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    for last in (False, False, True):  # Ray gives its processes 30 seconds to start
+        try:
+            ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception:
+            ray.shutdown()
+            if last:
+                raise
+    for module in (augment_cases, sys.modules[__name__]):  # workers cannot import tests
+        ray.cloudpickle.register_pickle_by_value(module)
     yield Cluster(workers=2, cpus=0.5)
     ray.shutdown()
 

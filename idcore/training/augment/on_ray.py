@@ -83,12 +83,13 @@ class Cluster:
         if ours:
             self._start(ray)
         context = ray.data.DataContext.get_current()
-        was = context.enable_progress_bars
-        context.enable_progress_bars = False  # there is one of names already
+        was = context.enable_progress_bars, getattr(context, "print_on_execution_start", True)
+        # There is a bar of names already.
+        context.enable_progress_bars = context.print_on_execution_start = False
         try:
             yield ray
         finally:
-            context.enable_progress_bars = was
+            context.enable_progress_bars, context.print_on_execution_start = was
             if ours:
                 ray.shutdown()
 
@@ -101,7 +102,7 @@ class Cluster:
                 )
             else:
                 ray.init(address=self.address, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as e:
+        except Exception as e:  # Ray raises plain ones where its processes do not start
             first = str(e).strip().splitlines()[0]
             raise IdcoreError(
                 f"augment: no Ray cluster at {self.address!r} ({first}); start one with `ray start --head`, or use "
@@ -110,15 +111,14 @@ class Cluster:
 
 
 class _Worker:
-    """The models in a process of the cluster."""
+    """The models in a process of the cluster, made with the first name: what they raise is then told as it is."""
 
     def __init__(self, job: Job) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        self.unit = job.build()
+        self.job, self.unit = job, None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.unit is None:
+            self.unit = self.job.build()
         made = self.unit(row["name"])
         said = {"pairs": [asdict(p) for p in made.pairs], "drops": made.drops, "drawn": made.drawn}
         return {
@@ -139,7 +139,7 @@ def _told(e: Exception, ray: Any, retries: int) -> Exception:
     """An error of ours as it was raised in a worker; else one that says what became of the worker."""
     cause: Any = e
     while cause is not None and not isinstance(cause, IdcoreError):
-        if isinstance(cause, ray.exceptions.ActorDiedError):
+        if isinstance(cause, ray.exceptions.ActorDiedError) and "creation task" not in str(cause):
             return IdcoreError(
                 f"augment: a worker died more than {retries} times, most often for want of memory; what stands is "
                 "kept. Run it again with fewer --workers or a smaller batch"
@@ -148,4 +148,6 @@ def _told(e: Exception, ray: Any, retries: int) -> Exception:
     if cause is not None:
         return cause
     last = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-    return IdcoreError(f"augment: a worker failed: {last}; what stands is kept")
+    return IdcoreError(
+        f"augment: a worker failed: {last}; what stands is kept. Is idcore installed on all machines, in one version?"
+    )

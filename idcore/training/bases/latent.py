@@ -92,7 +92,7 @@ class LatentBase:
             module.to(device=device, dtype=dtype)
         self.vae.to(device=device)
         if dtype is not None:
-            self._texts = TextCache(self._encode)
+            self._texts = TextCache(self._encode)  # rows on disk are of the former dtype: `use_texts` again
         return self
 
     # -- pictures and latents -----------------------------------------------------------------------------
@@ -126,6 +126,22 @@ class LatentBase:
         return tuple(torch.tensor(v).view(1, -1, 1, 1).to(like) for v in (config.latents_mean, config.latents_std))
 
     # -- text -----------------------------------------------------------------------------------------------
+
+    @property
+    def texts(self) -> TextCache:
+        """Encoded prompts."""
+        return self._texts
+
+    def use_texts(self, stored: Any) -> LatentBase:
+        """Take encoded captions from disk (`data.texts.DiskTexts`), and move the text encoders to main memory.
+
+        Raises:
+            InputError: they are of other text encoders, or of another dtype.
+        """
+        stored.check_base(self)
+        self._texts.stored = stored
+        self.release_text_encoders()
+        return self
 
     def text(self, prompts: Sequence[str], height: int, width: int, sizes: Tensor | None = None) -> Text:
         embeds, pooled = self._texts(prompts)

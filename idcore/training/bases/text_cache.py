@@ -26,11 +26,16 @@ class TextCache:
     Args:
         encode: prompts to (embeds [B, L, E], pooled [B, P] or None); called without gradients.
         kept: prompts that are kept.
+
+    Attributes:
+        stored: prompt to its rows ([L, E], [P] or None), or None where it has none: asked before `encode`
+            (`data.texts.DiskTexts`).
     """
 
     def __init__(self, encode: Callable[[list[str]], Rows], kept: int = KEPT) -> None:
         self._encode, self.kept = encode, kept
         self._rows: OrderedDict[str, Rows] = OrderedDict()
+        self.stored: Callable[[str], Rows | None] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,6 +49,10 @@ class TextCache:
         check_prompts(prompts)
         for prompt in dict.fromkeys(prompts):
             if prompt in self._rows:
+                continue
+            found = None if self.stored is None else self.stored(prompt)
+            if found is not None:
+                self._rows[prompt] = found
                 continue
             # One by one: the last bits of a row hang on the batch it is in, and a resumed run meets other batches.
             with torch.no_grad():

@@ -25,6 +25,7 @@ def run_prepare(
     changes: Sequence[str] = (),
     base: str | None = None,
     dtype: str = "float32",
+    texts: bool = False,
     procedural: int = 0,
     seed: int = 0,
     workers: int = 1,
@@ -35,6 +36,7 @@ def run_prepare(
 
     Args:
         changes: settings of `PrepareConfig` as name=value.
+        texts: also encode the captions by the base.
 
     Raises:
         InputError: settings or data that do not fit, pictures where some should be drawn, or nothing kept.
@@ -43,6 +45,8 @@ def run_prepare(
     config = load(PrepareConfig, None, given)
     if out is None and not dry_run:
         raise InputError("prepare: --out FOLDER is missing; --dry-run needs none")
+    if texts and base is None:
+        raise InputError("prepare: --texts are encoded by a base model: name it with --base")
     if procedural:
         draw_into(data, procedural, seed, workers)
     report = prepare(data, out or Path(), config, faces, workers=workers, dry_run=dry_run)
@@ -57,8 +61,12 @@ def run_prepare(
         from ..bases.opening import open_base
         from .latents import cache_latents
 
-        done = cache_latents(out, open_base(base, dtype=getattr(torch, dtype), device=faces.device))
-        say(f"{done:,} pictures were encoded by {base}")
+        model = open_base(base, dtype=getattr(torch, dtype), device=faces.device)
+        say(f"{cache_latents(out, model):,} pictures were encoded by {base}")
+        if texts:
+            from .texts import cache_texts
+
+            say(f"{cache_texts(out, model):,} captions were encoded by {base}")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
     say(f"{out}: {len(report.records):,} pictures, {size:,.1f} MiB; what was dropped: {out / 'dropped.jsonl'}")
     return report

@@ -4,6 +4,7 @@
     OUT/chunks/NAME.json      records and drops of one chunk; it stands last, so a chunk that stands is whole
     OUT/faces/NAME.safetensors  face features of the chunk's records, [n, ...] by name
     OUT/latents/NAME.safetensors  latents of the chunk's records, where a base model was given
+    OUT/texts/NAME.safetensors  their encoded captions, where asked for
     OUT/index.jsonl, dropped.jsonl, manifest.json   of all chunks, written when all stand
 
 A chunk's name is a hash of the settings and of its pictures' names, sizes and times: a second run finds what stands,
@@ -35,7 +36,7 @@ from .reading import Entry, root_of, scan
 from .report import Report, without_duplicates
 
 VERSION = 1
-FOLDERS = ("chunks", "faces", "latents")
+FOLDERS = ("chunks", "faces", "latents", "texts")
 
 
 def prepare(
@@ -298,7 +299,8 @@ def _finish(
         "index": file_hash(out / "index.jsonl"), "settings": settings,
     }  # fmt: skip
     replace_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    for folder, suffix in (("chunks", ".json"), ("faces", ".safetensors"), ("latents", ".safetensors")):
+    for folder in FOLDERS:
+        suffix = ".json" if folder == "chunks" else ".safetensors"
         for path in (out / folder).glob(f"*{suffix}"):
             if path.stem not in names:
                 path.unlink()

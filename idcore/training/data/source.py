@@ -29,6 +29,7 @@ from .order import Order
 from .parts import NAME as PARTS
 from .parts import parts_in_crop
 from .reading import read_bytes
+from .texts import DiskTexts
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class SourceConfig:
     crop: Literal["face", "random", "centre"] = setting("face", "Where pictures are cut; face: so that it is inside")
     flip: float = setting(0.0, "Share of mirrored pictures (data prepared with flip)", low=0, high=1)
     latents: bool = setting(True, "Take cached latents where there are some; crop and flip are theirs then")
+    texts: bool = setting(True, "Take encoded captions from disk where there are some", free=True)
     threads: int = setting(2, "Threads that read pictures", low=1, free=True)
     verify: bool = setting(True, "Compare each picture with the hash that it was prepared with", free=True)
 
@@ -78,6 +80,8 @@ class PreparedSource:
         self.root = Path(data or self.manifest["data"])
         self.caches = Caches(self.folder, self.manifest["features"])
         self.latents = self.caches.latents_of(self.manifest["index"]) if self.config.latents else None
+        kept = self.config.texts and (self.folder / "texts.json").is_file()
+        self.texts = DiskTexts(self.folder, self.records, self.manifest["index"]) if kept else None
         self._sizes = self._buckets()
         self._check_options()
         self._order = lru_cache(maxsize=4)(self._ordered)
@@ -88,14 +92,16 @@ class PreparedSource:
 
     def state(self) -> dict[str, Any]:
         """Fingerprint of the data and of how it is read."""
-        free = ("threads", "verify")
+        free = ("texts", "threads", "verify")
         told = {k: v for k, v in as_dict(self.config).items() if k not in free}
         base = None if self.latents is None else self.latents["base"]
         settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         return {"index": self.manifest["index"], "settings": f"sha256:{settings}", "latents": base, **told}
 
     def check_base(self, base: Base) -> None:
-        """Raise InputError where the cached latents are of another autoencoder than that of `base`."""
+        """Raise InputError where cached latents or texts are of another autoencoder or text encoders than base's."""
+        if self.texts is not None:
+            self.texts.check_base(base)
         if self.latents is None:
             return
         mine = probe(base, tuple(self.latents["bucket"]))

@@ -64,6 +64,8 @@ def train_pulid(
     models = Models(config)
     if hasattr(source, "check_base"):  # prepared data may hold latents of another autoencoder
         source.check_base(models.base)
+    if getattr(source, "texts", None) is not None:
+        models.base.use_texts(source.texts)
     for number in stages:
         folder = out / f"stage{number}"
         if is_result(folder / RESULT):
