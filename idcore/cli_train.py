@@ -1,4 +1,4 @@
-"""`idcore train ...`: the embedded model, and PuLID."""
+"""`idcore train ...`: the embedded models, and the systems."""
 
 from __future__ import annotations
 
@@ -132,3 +132,33 @@ def train_sefi_ide(
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+@app.command("styleforge")
+def train_styleforge(
+    out: TrainOut = None,
+    style_ref: Annotated[
+        Path | None, typer.Option(help="15 to 20 pictures in the style, people and backgrounds mixed.")
+    ] = None,
+    aux: Annotated[Path | None, typer.Option(help="15 to 20 portraits in digital painting, of other styles.")] = None,
+    people: Annotated[
+        Path | None, typer.Option(help="Multi-StyleForge, in place of --style-ref: pictures of people.")
+    ] = None,
+    backgrounds: Annotated[Path | None, typer.Option(help="And pictures without people.")] = None,
+    multi: Annotated[bool, typer.Option("--multi", help="Multi-StyleForge: split --style-ref by its faces.")] = False,
+    config: TrainConfig = None,
+    base: TrainBase = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train a style (StyleForge, Multi-StyleForge, arXiv 2404.05256): a LoRA, or a whole UNet."""
+    from .training.commands import TrainArguments
+    from .training.styleforge.command import run_command
+
+    say = lambda text: typer.echo(text, err=True)  # noqa: E731
+    given = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, say)
+    sets = {"style_ref": style_ref, "aux": aux, "people": people, "backgrounds": backgrounds}
+    for line in run_command(given, **sets, multi=multi):
+        typer.echo(line)

@@ -259,15 +259,19 @@ def to_state(lora: Lora, layout: str, *, family: str = "") -> dict[str, Tensor]:
     return out
 
 
-def write_lora(lora: Lora, out: str | os.PathLike, layout: str, *, family: str = "") -> Path:
+def write_lora(
+    lora: Lora, out: str | os.PathLike, layout: str, *, family: str = "", metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write a LoRA as one safetensors file, or for "peft" a folder with one of peft's folders per component.
+
+    `metadata` is written into the file beside what the layout wants (not for "peft").
 
     Raises InputError as `to_state`, WeightsError where it cannot be written.
     """
     out = Path(out)
     if layout == "peft":
         return _write_peft(lora, out)
-    metadata = {"format": "pt"}
+    metadata = {**(metadata or {}), "format": "pt"}
     if layout == "kohya":
         ranks = {layer.rank for layer in lora.layers.values()}
         rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"

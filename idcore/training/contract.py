@@ -189,7 +189,11 @@ class Validation:
 
 @runtime_checkable
 class Task(Protocol):
-    """One system's training. The loop calls `losses` on micro batches and optimises `module`."""
+    """One system's training. The loop calls `losses` on micro batches and optimises `module`.
+
+    A task may also have `enough(step: int) -> bool`, asked after every validation: True ends the run as if this were
+    its last step.
+    """
 
     name: str
     module: nn.Module

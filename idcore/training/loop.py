@@ -93,7 +93,7 @@ class Run:
         self.task, self.source, self.config, self.out = task, source, config, out
         self.accelerator, self.signals, self.settings, self.facts = accelerator, signals, settings, facts
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.step, self.samples, self.saved = 0, 0, -1
+        self.step, self.samples, self.saved, self.over = 0, 0, -1, False
         self.last_losses: dict[str, float] = {}
         self.module = task.module
         state.seed_all(config.seed)
@@ -156,7 +156,7 @@ class Run:
         c = self.config
         end = min(c.steps, c.stop_at or c.steps)
         self._validate_if_due()
-        while self.step < end:
+        while self.step < end and not self.over:
             self._one_step()
             asked = max(everyone(self.signals.asked))
             if asked or self.step % c.save_every == 0 or self.step == end:
@@ -167,10 +167,11 @@ class Run:
                     f"{self.checkpoints}, go on with --resume", 128 + asked,
                 )  # fmt: skip
             self._validate_if_due()
+        self.save()
 
     def finish(self) -> Path:
         """Export the average (or the weights, without one); the module is whole again afterwards."""
-        if self.step < self.config.steps:
+        if self.step < self.config.steps and not self.over:
             made = self.checkpoints / f"step-{self.step:08d}"
         else:
             made = self.out / RESULT
@@ -293,13 +294,18 @@ class Run:
 
     def _validate_if_due(self) -> None:
         c = self.config
-        due = c.validate_every and (self.step % c.validate_every == 0 or self.step == c.steps)
-        if not from_first(bool(due and self.records and self.step not in self.records.measures.steps)):
+        due = bool(c.validate_every and (self.step % c.validate_every == 0 or self.step == c.steps))
+        if not due:
             return
-        with self._shown():
-            if self.first:
-                found = self.task.validate(Step(c.seed, self.step, c.steps, self.rank, self.world))
-                self.records.validation(self.step, found)
+        if from_first(bool(self.records and self.step not in self.records.measures.steps)):
+            with self._shown():
+                if self.first:
+                    found = self.task.validate(Step(c.seed, self.step, c.steps, self.rank, self.world))
+                    self.records.validation(self.step, found)
+        enough = getattr(self.task, "enough", None)
+        self.over = from_first(bool(self.first and enough and enough(self.step)))
+        if self.over and self.step < c.steps:
+            self.say(f"{self.task.name}: stopped early, after step {self.step} of {c.steps}")
 
     def save(self) -> None:
         """Write a checkpoint unless this step has one."""

@@ -123,6 +123,12 @@ class FewPictures:
             "size": list(self.size), "flip": self.flip, "crop": self.crop,
         }  # fmt: skip
 
+    def pictures(self, group: int) -> list[Image.Image]:
+        """A group's pictures as they are trained on (cut in the middle)."""
+        size = self.size[::-1]
+        found = ((p.scaled, self._crop(p, (0.5, 0.5), False)) for p in self.groups[group])
+        return [x.crop((c.left, c.top, c.left + size[0], c.top + size[1])) for x, c in found]
+
     def prompts(self) -> list[str]:
         """All prompts that can come, each once: to encode them before the text encoders go."""
         return list(dict.fromkeys(t for g in self.groups for p in g for t in p.prompts))
