@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from . import cli_train_personal as personal
 from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainBase, TrainConfig, TrainOut
 
 app = typer.Typer(help="Train a system.", no_args_is_help=True)
+app.command("textual-inversion")(personal.train_textual_inversion)
+app.command("dreambooth")(personal.train_dreambooth)
 
 
 @app.command("tiny")

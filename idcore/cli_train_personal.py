@@ -1,0 +1,60 @@
+"""`idcore train textual-inversion` and `idcore train dreambooth`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainBase, TrainConfig, TrainOut
+
+Images = Annotated[
+    list[Path] | None, typer.Option("--images", help="A photo of one person; again for more; or a folder of them.")
+]
+ClassWord = Annotated[str | None, typer.Option(help="What the photos show in one plain word: person, dog ...")]
+
+
+def train_textual_inversion(
+    images: Images = None,
+    out: TrainOut = None,
+    class_word: ClassWord = None,
+    placeholder: Annotated[str | None, typer.Option(help='What prompts will say: "S*".')] = None,
+    base: TrainBase = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Learn one person as a word's embedding (textual inversion, arXiv 2208.01618) from a few photos."""
+    person = {"class_word": class_word, "placeholder": placeholder}
+    arguments = (out, config, base, resume, change or (), allow_change or (), print_config)
+    _run("textual-inversion", arguments, images, person)
+
+
+def train_dreambooth(
+    images: Images = None,
+    out: TrainOut = None,
+    class_word: ClassWord = None,
+    identifier: Annotated[str | None, typer.Option(help='What prompts say before the class word: "sks".')] = None,
+    base: TrainBase = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Bind one person to a rare word (DreamBooth, arXiv 2208.12242) by LoRA, with prior preservation."""
+    person = {"class_word": class_word, "identifier": identifier}
+    arguments = (out, config, base, resume, change or (), allow_change or (), print_config)
+    _run("dreambooth", arguments, images, person)
+
+
+def _run(command: str, arguments: tuple, images: list[Path] | None, person: dict[str, str | None]) -> None:
+    from .training.commands import TrainArguments
+    from .training.personal.command import run_command
+
+    given = TrainArguments(*arguments, say=lambda text: typer.echo(text, err=True))
+    for line in run_command(command, given, images=images or [], person=person):
+        typer.echo(line)
