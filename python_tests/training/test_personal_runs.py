@@ -25,7 +25,7 @@ from idcore.training.tuning import ADAPTER
 BASES = {"sd": SD15Base, "sdxl": SDXLBase}
 SMALL = (
     "model.base=random", "model.dtype=float32", "person.class_word=x", "loop.steps=2", "loop.batch=2", "loop.lr=1e-2",
-    "loop.trackers=", "validation.faces=null", "validation.steps=2", "validation.prompts=[a {person}]",
+    "loop.trackers=", "validation.faces=null", "validation.steps=2", "validation.prompts=a {person}",
 )  # fmt: skip
 BOOTH = (*SMALL, "prior.count=3", "prior.steps=1", "prior.guidance=1", "tune.rank=2")
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_learned_is_said(tmp_path):
     with pytest.raises(InputError, match="train dreambooth: no photo; give --images PHOTO"):
         train_dreambooth(load_config(BoothConfig, None, BOOTH), tmp_path, base=base_of())
     with pytest.raises(InputError, match=r"person.prompts must name the person by S\* or {person}, got 'a face'"):
-        load_config(InversionConfig, None, (*SMALL, "person.prompts=[a face]"))
+        load_config(InversionConfig, None, (*SMALL, "person.prompts=a face"))
     with pytest.raises(InputError, match="person.class_word is empty"):
         load_config(BoothConfig, None, ("person.class_word= ",))
     with pytest.raises(InputError, match="a placeholder must be a word without blanks"):
