@@ -93,7 +93,7 @@ def _changed() -> str:
 def _sheet(out: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Image.Image:
     """Of the first person: the photo, and what each system draws for each prompt."""
     first = rows[0]
-    who = table_people(first["person"] + 1)[0][first["person"]]
+    who = table_people(GALLERY)[0][first["person"]]
     strips = [
         Image.open(out / f"seed{first['seed']}" / f"person{first['person']}" / n.replace(" ", "-") / "drawn.png")
         for n in names
