@@ -133,6 +133,36 @@ def train_sefi_ide(
         typer.echo(line)
 
 
+@app.command("dreamidentity")
+def train_dreamidentity(
+    data: Annotated[
+        str | None,
+        typer.Option(help='Faces to draw again: pictures, a folder of `idcore prepare`, or "drawn": drawn people.'),
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Faces and edited pictures: a folder of `idcore augment`.")] = None,
+    editability: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the pairs; 0: reconstruction alone.")
+    ] = None,
+    vit: Annotated[
+        str | None, typer.Option(help='Face ViT to begin with: timm\'s key names, safetensors; or "embedded".')
+    ] = None,
+    base: TrainBase = None,
+    out: TrainOut = None,
+    config: TrainConfig = None,
+    resume: Resume = False,
+    change: Change = None,
+    allow_change: AllowChange = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train DreamIdentity's encoder (arXiv 2307.00300): a face to words of the prompt in one pass; resumable."""
+    from .training.commands import TrainArguments
+    from .training.dreamidentity.run import run_command
+
+    arguments = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, _say)
+    for line in run_command(data, pairs, vit, editability, arguments):
+        typer.echo(line)
+
+
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 

@@ -59,6 +59,7 @@ class DrawnPeople:
             if people < 1 or first < 0:
                 raise InputError(f"drawn people: wanted at least 1 person from 0 on, got {people} from {first}")
             make_pool(Path(folder), -(-(first + people) // SHARD), SHARD)
+        self.folder = Path(folder)
         self.pool, self.first, self.size = Pool(Path(folder)), first, size
         self.count = len(self.pool) - first if people is None else people
         self.styles, self.flip = dict(styles), flip

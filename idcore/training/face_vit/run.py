@@ -17,7 +17,7 @@ from .config import DRAWN, FaceViTTrainConfig, load_config
 from .data import open_data
 from .task import FaceClassifier, FaceViTTask
 
-__all__ = ["new_vit", "run_command", "train_face_vit"]
+__all__ = ["load_vit", "new_vit", "run_command", "train_face_vit"]
 
 
 def train_face_vit(
@@ -65,11 +65,11 @@ def new_vit(config: FaceViTTrainConfig) -> FaceViT:
     return load_vit(c.init, image_size=c.image_size)
 
 
-def load_vit(path: str | Path, image_size: int | None = None) -> FaceViT:
+def load_vit(path: str | Path, image_size: int | None = None, head: str = "auto") -> FaceViT:
     """A ViT in timm's key names; the number of heads from the file where this project wrote it."""
     tensors, about = read_safetensors(path, what="face ViT weights")
     heads = int(about["heads"]) if about.get("heads", "").isdigit() else None
-    return FaceViT.from_tensors(tensors, path, image_size=image_size, heads=heads)
+    return FaceViT.from_tensors(tensors, path, image_size=image_size, heads=heads, head=head)
 
 
 def run_command(data: str | None, arguments: TrainArguments) -> list[str]:
