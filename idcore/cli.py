@@ -11,6 +11,7 @@ import typer
 
 from .cli_augment import augment
 from .cli_evaluate import evaluate
+from .cli_generate import generate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
 from .cli_train import app as train_app
 from .errors import told
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Identity-customised text-to-image diffusion, fast.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.add_typer(train_app, name="train")
+app.command()(generate)
 app.command()(evaluate)
 app.command()(augment)
 
@@ -76,70 +78,6 @@ def mix(
     from .workflows import mix_identities
 
     typer.echo(f"{out}: {mix_identities(identities, out, weights)}", err=True)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    id: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--id",
-            help="A photo, an identity of `idcore encode`, or learned_embeds.safetensors; again for others.",
-        ),
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help='"tiny", a folder of `idcore train tiny`, or one with an SDXL or SD 1.5 pipeline.')
-    ] = "tiny",
-    negative: Annotated[str, typer.Option(help="Negative prompt (SDXL).")] = "",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i uses seed + i.")] = 0,
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
-    id_scale: Annotated[float, typer.Option(help="Strength of the identity; 0 leaves it out.")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance (SDXL); 1 leaves it out.")] = 1.2,
-    width: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 768,
-    height: Annotated[int, typer.Option(help="Pixels (SDXL).")] = 1024,
-    system: Annotated[str, typer.Option(help='"auto": what --weights holds; its name; or a fetched recipe.')] = "auto",
-    weights: Weights = None,
-    vision: Vision = None,
-    parsing: Parsing = None,
-    retinaface: Retina = None,
-    preset: Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')] = None,
-    faces: Faces = "embedded",
-    choose: Choose = "largest",
-    placeholder: Annotated[
-        str | None, typer.Option(help="DreamIdentity, SeFi-IDE, textual inversion: the word that is the person.")
-    ] = None,
-    id_start: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps before the identity acts.")] = 0.0,
-    id_end: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps after which it does not.")] = 1.0,
-    mask: Annotated[list[Path] | None, typer.Option(help="Where an identity acts, white; one per --id.")] = None,
-    layout: Annotated[str | None, typer.Option(help='Who acts where: "left, right", or columns "1 1".')] = None,
-    sampler: Annotated[
-        str, typer.Option(help='SDXL: "lightning", "lightning-euler", "karras-2m", "karras-sde", "own" or "auto".')
-    ] = "auto",
-    runner: Annotated[str, typer.Option(help='SDXL: "eager", or "graph" (one CUDA graph).')] = "eager",
-    quantize: Annotated[str | None, typer.Option(help='SDXL: "int8" or "fp8" weights of the UNet (torchao).')] = None,
-    offload: Annotated[str | None, typer.Option(help='SDXL on a GPU: "model" or "sequential".')] = None,
-    unet_weights: Annotated[
-        Path | None, typer.Option(help="SDXL: one file with a whole UNet, e.g. sdxl_lightning_4step_unet.safetensors.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="With one checkpoint file as --base: a folder with its configurations.")
-    ] = None,
-) -> None:
-    """Pictures of a prompt, with a person's identity."""
-    from .generating import GenerateRequest, generate_pictures
-
-    request = GenerateRequest(
-        prompt=prompt, out=out, id=tuple(id or ()), base=base, negative=negative, steps=steps, seed=seed, count=count,
-        id_scale=id_scale, guidance=guidance, width=width, height=height, system=system, weights=weights,
-        vision=vision, parsing=parsing, retinaface=retinaface, preset=preset, faces=faces, choose=choose,
-        placeholder=placeholder, id_start=id_start, id_end=id_end, masks=tuple(mask or ()), layout=layout,
-        sampler=sampler, runner=runner, quantize=quantize, offload=offload, unet_weights=unet_weights, config=config,
-    )  # fmt: skip
-    for path in generate_pictures(request):
-        typer.echo(path)
 
 
 @app.command()

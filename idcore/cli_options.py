@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,3 +56,8 @@ AllowChange = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print all settings with their sources, as YAML, and stop.")
 ]
+
+
+def one_or_each(given: Sequence[Any] | None, default: Any) -> Any:
+    """The value of an option that may be repeated: one for all, or one for each."""
+    return default if not given else given[0] if len(given) == 1 else tuple(given)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .workflows import chosen_files, face_choice, writable_folder, write_text
+from .workflows import chosen_files, writable_folder, write_text
 
 if TYPE_CHECKING:
     from .metrics.making import Maker
@@ -35,9 +36,14 @@ class EvaluateRequest:
     retinaface: Path | None = None
     steps: int = 4
     id_scale: float = 1.0
-    guidance: float = 1.2
+    guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    negative: str = ""
+    placeholder: str | None = None
+    instead_of: str = "a person"
+    styles: Sequence[Path] = ()
+    style_scale: float | Sequence[float] = 1.0
     without: bool = False
     faces: str = "embedded"
     second_faces: str | None = None
@@ -59,9 +65,10 @@ def run_evaluation(r: EvaluateRequest) -> dict[str, Any]:
         InputError, WeightsError, NoFaceError: see `metrics.evaluate` and `metrics.making`.
     """
     from .metrics.against import compare, read_evaluation
-    from .metrics.evaluate import evaluate
+    from .metrics.evaluate import PAGE, evaluate
     from .metrics.gate import print_progress
     from .metrics.people import read_people
+    from .metrics.report import write_page
 
     _check(r)
     out = writable_folder(r.out)
@@ -81,6 +88,7 @@ def run_evaluation(r: EvaluateRequest) -> dict[str, Any]:
         changes = compare(before, result)
         result["changes"] = [{"key": c.key, "verdict": c.verdict, "words": str(c)} for c in changes]
         write_text(out / "changes.json", json.dumps(result["changes"], indent=1))
+        write_page(result, out / PAGE, pictures, {p.name: p.photos[0] for p in people})
     return result
 
 
@@ -99,27 +107,42 @@ def _check(r: EvaluateRequest) -> None:
 
 
 def _tiny(r: EvaluateRequest) -> bool:
-    return r.base == "tiny" or (Path(r.base) / "model.safetensors").is_file()
+    from .generating import is_tiny
+
+    return is_tiny(r.base)
+
+
+def _draws_tiny(r: EvaluateRequest) -> bool:
+    """Whether the pictures are the small models' drawings."""
+    from .generating import is_tiny_sd
+
+    return _tiny(r) or is_tiny_sd(r.base)
 
 
 def _maker(r: EvaluateRequest, people: list[Person]) -> Maker:
-    from .metrics.making import sdxl_maker, tiny_maker
+    from .generating import GenerateRequest
+    from .generating_people import saved_person, system_of
+    from .metrics.making import base_maker, tiny_maker
     from .metrics.probes import recogniser_key
 
     if _tiny(r):
-        return tiny_maker(r.base, steps=r.steps, id_scale=r.id_scale)
+        if r.styles:
+            raise InputError('evaluate: --style: base "tiny" takes none; give --base tiny-sd, SDXL or SD 1.5')
+        return tiny_maker(r.base, steps=r.steps, id_scale=r.id_scale, system_file=r.weights)
     from .encoders.analyzer import analyzer_from
-    from .systems.loading import load_system
 
-    photos = any(p.identity is None for p in people)
-    names = ("weights", "vision", "parsing", "retinaface", "faces")
-    files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photos)
-    system = load_system(**files, policy=face_choice(r.choose), for_photos=photos)
-    conditions = recogniser_key(analyzer_from(files.get("faces", r.faces))) if photos else ""
-    return sdxl_maker(
-        r.base, system, steps=r.steps, id_scale=r.id_scale, guidance=r.guidance, width=r.width, height=r.height,
-        weights=files["weights"], recogniser=conditions, device=_device(), dtype=_dtype(),
-    )  # fmt: skip
+    names = ("base", "system", "weights", "vision", "parsing", "retinaface", "steps", "id_scale", "guidance", "width")
+    names += ("height", "negative", "placeholder", "styles", "style_scale", "faces", "choose")
+    look = GenerateRequest(prompt="", out=r.out, **{n: getattr(r, n) for n in names})
+    saved = [None if p.identity is None else saved_person(p.identity) for p in people]
+    system = system_of(look, saved) if people else None
+    conditions = recogniser_key(analyzer_from(_faces_of(r))) if any(s is None for s in saved) else ""
+    return base_maker(look, system, recogniser=conditions, instead_of=r.instead_of)
+
+
+def _faces_of(r: EvaluateRequest) -> str:
+    """Face models that encode photos: those of a fetched recipe, or of --faces."""
+    return str(chosen_files(r.system, {"faces": r.faces}, for_photos=True).get("faces", r.faces))
 
 
 def _judges(r: EvaluateRequest, maker: Maker | None) -> Any:
@@ -129,7 +152,7 @@ def _judges(r: EvaluateRequest, maker: Maker | None) -> Any:
     from .metrics.networks import Clip, feature_network
     from .metrics.probes import recogniser_key
 
-    tiny = r.pictures is None and _tiny(r)
+    tiny = r.pictures is None and _draws_tiny(r)
     least = r.min_score if r.min_score is not None else MIN_SCORE if tiny else None
     faces = {}
     for role, spec in (("faces", r.faces), ("second-faces", r.second_faces)):
@@ -159,9 +182,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype() -> Any:
-    import torch
-
-    return torch.float16 if torch.cuda.is_available() else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,10 @@ from .workflows import (
 if TYPE_CHECKING:
     from PIL import Image
 
+TINY_SD = "tiny-sd"
 TINY_BATCH = 16
+GUIDANCE = 1.2  # where none is given; the embedded models draw without
+WITHOUT_STYLE = "without_style"
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class GenerateRequest:
     steps: int = 4
     seed: int = 0
     count: int = 1
-    id_scale: float = 1.0
-    guidance: float = 1.2
-    width: int = 768
-    height: int = 1024
+    id_scale: float | Sequence[float] = 1.0
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
     system: str = "auto"
     weights: Path | None = None
     vision: Path | None = None
@@ -50,11 +53,17 @@ class GenerateRequest:
     preset: str | None = None
     faces: str = "embedded"
     choose: str = "largest"
-    placeholder: str | None = None
+    placeholder: str | Sequence[str] | None = None
     id_start: float = 0.0
     id_end: float = 1.0
     masks: Sequence[Path] = ()
     layout: str | None = None
+    styles: Sequence[Path] = ()
+    style_scale: float | Sequence[float] = 1.0
+    background: str | None = None
+    person_region: str | None = None
+    like: Sequence[Path] = ()
+    compare: bool = False
     sampler: str = "auto"
     runner: str = "eager"
     quantize: str | None = None
@@ -68,32 +77,91 @@ class GenerateRequest:
             return []
         return [self.id] if isinstance(self.id, Path) else list(self.id)
 
+    def scales(self, places: Sequence[int]) -> list[float]:
+        """Strengths of some of the people.
+
+        Raises:
+            InputError: another number of strengths than people.
+        """
+        if isinstance(self.id_scale, (int, float)):
+            return [float(self.id_scale)] * len(places)
+        count = max(1, len(self.people()))
+        if len(self.id_scale) != count:
+            raise InputError(f"generate: {count} people need one --id-scale or {count}, got {len(self.id_scale)}")
+        return [float(self.id_scale[i]) for i in places]
+
+    def guides(self) -> float:
+        """The guidance scale."""
+        if self.guidance is not None:
+            return self.guidance
+        return 1.0 if is_tiny_sd(self.base) or is_tiny(self.base) else GUIDANCE
+
 
 def is_tiny(base: str) -> bool:
     """Whether this names an embedded model: "tiny", or a folder of `idcore train tiny`."""
     folder = Path(base)
-    return base == "tiny" or (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    there = (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    return base == "tiny" or there and not is_tiny_sd(base)
 
 
-def generate_pictures(r: GenerateRequest) -> list[Path]:
+def is_tiny_sd(base: str) -> bool:
+    """Whether this names the small model in SD 1.5's layout: "tiny-sd", or a folder of `idcore train tiny-sd`."""
+    from .training.bases import opening
+
+    return base == TINY_SD or opening.is_tiny_sd(Path(base))
+
+
+def generate_pictures(r: GenerateRequest, say: Callable[[str], Any] = lambda text: None) -> list[Path]:
     """Make the pictures and write them with `generate.json` into `r.out`; returns the pictures' paths.
 
-    Picture i is made from seed `r.seed + i` alone, so that it does not depend on the count.
+    Picture i is made from seed `r.seed + i` alone, so that it does not depend on the count. With `r.compare` the same
+    pictures without the styles are written into `r.out/without_style`.
+
+    Args:
+        r: what to draw.
+        say: gets lines about how alike the pictures are to the people's photos.
     """
-    if not r.prompt.strip():
-        raise InputError("generate: the prompt is empty; write what to draw in words")
+    _check(r)
     out = writable_folder(r.out)
-    run = _generate_tiny if is_tiny(r.base) else _generate_on_base
-    made, info = run(r)
+    seeds = range(r.seed, r.seed + r.count)
+    plain: list[Image.Image] = []
+    if is_tiny(r.base):
+        made, info = _generate_tiny(r)
+    else:
+        made, plain, info = _generate_on_base(r, seeds, say)
     info["request"] = {k: _plain(v) for k, v in asdict(r).items()}
     about = _about(r)
-    paths = []
-    for i, picture in enumerate(made):
-        named = {**about, "seed": str(r.seed + i)}
-        paths.append(save_picture(picture, out / f"{i:03d}_seed{r.seed + i}.png", named))
+    paths = _saved(made, seeds, out, about)
+    if plain:
+        _saved(plain, seeds, writable_folder(out / WITHOUT_STYLE), about | {"style_sha256": ""})
     info["pictures"] = [p.name for p in paths]
     write_text(out / "generate.json", json.dumps(info, indent=1))
     return paths
+
+
+def _check(r: GenerateRequest) -> None:
+    """What can be told before anything is loaded."""
+    from .generating_likeness import photos_of
+
+    if not r.prompt.strip():
+        raise InputError("generate: the prompt is empty; write what to draw in words")
+    if r.person_region is not None and r.background is None:
+        raise InputError("generate: --person-region says where --background is not read; give both")
+    photos = photos_of(r)
+    if r.compare and not r.styles:
+        raise InputError("generate: --compare draws the same pictures without --style, and there is none")
+    if r.compare and all(p is None for p in photos):
+        raise InputError(
+            "generate: --compare measures how alike the pictures are to the people's photos: give --like PHOTO, one "
+            "per --id, or photos as --id"
+        )
+
+
+def _saved(pictures: Sequence[Image.Image], seeds: Sequence[int], folder: Path, about: dict[str, str]) -> list[Path]:
+    return [
+        save_picture(picture, folder / f"{i:03d}_seed{seed}.png", {**about, "seed": str(seed)})
+        for i, (seed, picture) in enumerate(zip(seeds, pictures))
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -106,20 +174,33 @@ def _about(r: GenerateRequest) -> dict[str, str]:
     """What the pictures say of themselves. People by a hash of their files alone: a name is personal."""
     from . import __version__
     from .files import file_hash
+    from .generating_people import person_path
+    from .generating_styles import style_file
 
     people = r.people() or [f for f in [r.weights] if f is not None and r.system == "sefi-ide"]
+    styles = [p for p in map(style_file, r.styles) if p.is_file()]  # folders of peft have no one file
+    scales = " ".join(map(str, r.scales(range(len(people)))))
     return {
-        "prompt": r.prompt, "negative_prompt": r.negative, "steps": str(r.steps), "guidance_scale": str(r.guidance),
-        "base": Path(r.base).name, "identity_sha256": " ".join(file_hash(p) for p in people),
-        "id_scale": str(r.id_scale), "software": f"idcore {__version__}",
+        "prompt": r.prompt, "negative_prompt": r.negative, "background_prompt": r.background or "",
+        "steps": str(r.steps), "guidance_scale": str(r.guides()), "base": Path(r.base).name,
+        "identity_sha256": " ".join(file_hash(person_path(p)) for p in people), "id_scale": scales or str(r.id_scale),
+        "style_sha256": " ".join(file_hash(p) for p in styles), "software": f"idcore {__version__}",
     }  # fmt: skip
 
 
-def _generate_on_base(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any]]:
+def _generate_on_base(
+    r: GenerateRequest, seeds: Sequence[int], say: Callable[[str], Any]
+) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
     from .generating_base import pictures_of_base
+    from .generating_likeness import compared, in_words, photos_of
+    from .generating_regions import masks_of
 
-    with _bar(r.count) as bar:
-        return pictures_of_base(r, range(r.seed, r.seed + r.count), bar.update), {}
+    with _bar(r.count * (2 if r.compare else 1)) as bar:
+        made, plain = pictures_of_base(r, seeds, bar.update)
+    found = compared(r, made, plain, masks_of(r, len(r.people())))
+    for line in in_words(found, photos_of(r)) if found else ():
+        say(line)
+    return made, plain, {"similarity": found} if found else {}
 
 
 def _bar(total: int):
@@ -128,8 +209,12 @@ def _bar(total: int):
     return tqdm(total=total, unit="picture", desc="generate")
 
 
+TINY_LACKS = ("masks", "layout", "styles", "background", "unet_weights", "quantize", "offload")
+
+
 def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any]]:
-    from .generating_base import is_saved
+    from .generating_likeness import judge_of, likeness
+    from .generating_people import is_saved
     from .identity import Identity
     from .sampling.tiny_pipeline import TinyPipeline
 
@@ -139,10 +224,13 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
             f"{r.system!r}; give --base FOLDER for SDXL"
         )
     pipe = TinyPipeline.from_package() if r.base == "tiny" else TinyPipeline.from_folder(r.base)
-    given = [f"--{n}" for n in ("mask", "layout", "unet-weights", "quantize", "offload") if _given(r, n)]
+    given = [f"--{n.replace('_', '-').removesuffix('s')}" for n in TINY_LACKS if getattr(r, n)]
     if given or len(r.people()) > 1:
         what = ", ".join(given) or "several --id"
-        raise InputError(f'generate: {what}: base "tiny" draws one person everywhere; give --base FOLDER for SDXL')
+        raise InputError(
+            f'generate: {what}: base "tiny" draws one person everywhere; give --base FOLDER for SDXL or SD 1.5, or '
+            "--base tiny-sd"
+        )
     who = next(iter(r.people()), None)
     photo = who is not None and not is_saved(who)
     if is_result(r.system):
@@ -155,18 +243,16 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
         for k in range(0, r.count, TINY_BATCH):
             part = seeds[k : k + TINY_BATCH]
             pictures += pipe(
-                r.prompt, identity, id_scale=r.id_scale, num_inference_steps=r.steps, seed=part,
+                r.prompt, identity, id_scale=next(iter(r.scales([0]))), num_inference_steps=r.steps, seed=part,
                 num_images_per_prompt=len(part),
             )  # fmt: skip
             bar.update(len(part))
     info: dict[str, Any] = {}
     if photo:
-        info["similarity"] = similarity_report(who, pictures, choose=r.choose)
+        judge = judge_of(r)
+        values = likeness(who, pictures, judge, choose=r.choose)
+        info["similarity"] = {"measure": judge.measure.describe(), "values": values}
     return pictures, info
-
-
-def _given(r: GenerateRequest, option: str) -> bool:
-    return bool(getattr(r, {"mask": "masks"}.get(option, option.replace("-", "_"))))
 
 
 def _result_system(r: GenerateRequest, *, for_photos: bool) -> Any:
@@ -176,18 +262,3 @@ def _result_system(r: GenerateRequest, *, for_photos: bool) -> Any:
     files = chosen_files(r.system, {}, for_photos=for_photos)
     preset = preset_of(r.system, r.preset)
     return load_system(**files, policy=face_choice(r.choose), preset=preset, for_photos=for_photos)
-
-
-def similarity_report(photo: Path, pictures: Sequence[Image.Image], *, choose: str = "largest") -> dict[str, Any]:
-    """Each picture against the photo by the embedded recogniser: distance, or None where no face was found."""
-    from .encoders.analyzer import default_analyzer, embed_photo, find_face
-
-    judge = default_analyzer()
-    wanted = embed_photo(photo, judge, policy=face_choice(choose))[0]
-    values: list[float | None] = []
-    for picture in pictures:
-        large = picture if min(picture.size) >= 256 else picture.resize((256, 256), 3)
-        image, face = find_face(large, judge, on_no_face="skip")
-        got = None if face is None else judge.embed(image, face)
-        values.append(None if got is None else round(float(judge.measure.value(wanted, got)), 4))
-    return {"measure": judge.measure.describe(), "values": values}

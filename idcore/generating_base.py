@@ -8,177 +8,207 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, WeightsError
-from .workflows import check_system, chosen_files, face_choice, preset_of
+from .generating_people import Party, parties_of, placeholders_of, require_placeholders
+from .generating_regions import Named, masks_of, person_region, texts_of
+from .workflows import check_system
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .generating import GenerateRequest
-    from .identity import Identity
 
 # Options that only SDXL's pipeline knows, with what they are when not given.
 SDXL_ALONE = {"sampler": "auto", "runner": "eager", "quantize": None, "offload": None, "unet_weights": None}
+SDXL_SIZE = {"width": 768, "height": 1024}
+Draw = Callable[[int], "Image.Image"]
 
 
-def pictures_of_base(r: GenerateRequest, seeds: Sequence[int], done: Callable[[int], Any]) -> list[Image.Image]:
+def pictures_of_base(
+    r: GenerateRequest, seeds: Sequence[int], done: Callable[[int], Any]
+) -> tuple[list[Image.Image], list[Image.Image]]:
     """A picture per seed, one at a time: the same seed gives the same picture whatever the count.
 
     Args:
-        r: the request; its base is a folder, or with `config` one file.
+        r: the request; its base is "tiny-sd", a folder, or with `config` one file.
         seeds: of the pictures.
         done: called with 1 after each.
-    """
-    import torch
 
+    Returns:
+        The pictures; and where `r.compare` is set the same without the styles, else none.
+    """
     if r.system == "tiny":
         raise InputError(
             'generate: system "tiny" works on the embedded model alone; drop --base, or name another system'
         )
     check_system(r.system)
-    sd15 = _is_sd15(r)
-    system, people = _people(r)
-    draw = _sd15 if sd15 else _sdxl
-    pictures = []
-    with draw(r, system, people) as pipe:
-        for seed in seeds:
-            pictures += pipe(generator=torch.Generator("cpu").manual_seed(seed)).images
-            done(1)
-    return pictures
+    opens = opener(r)
+    parties = parties_of(r)
+    artist = Artist(r, next((p.system for p in parties if not p.by_prompt), None), opens)
+    masks = masks_of(r, sum(len(p.people) for p in parties))
+    rounds: list[list[Image.Image]] = [[], []]
+    for made in rounds if r.compare else rounds[:1]:
+        with artist.scene(r.prompt, parties, masks) as draw:
+            for seed in seeds:
+                made.append(draw(seed))
+                done(1)
+        artist.drop_styles()
+    return rounds[0], rounds[1]
 
 
-def _is_sd15(r: GenerateRequest) -> bool:
+class Artist:
+    """A base model, opened once, with its styles on it.
+
+    Args:
+        r: base, styles and how to draw; its prompt and people are given to `scene`.
+        system: of the people that act in the attention, or None.
+        opens: of `opener`, where that was asked before.
+        sized: where the request names no size: SDXL's default of `idcore generate`; False: the UNet's own.
+
+    Raises:
+        InputError, WeightsError: what was asked for does not fit, or is not there.
+    """
+
+    def __init__(
+        self, r: GenerateRequest, system: Any = None, opens: Callable | None = None, *, sized: bool = True
+    ) -> None:
+        from .generating_styles import styles_on
+
+        self.request = r
+        self.pipe = (opens or opener(r))(r, system)
+        self.is_sdxl = hasattr(self.pipe, "pipe")
+        self.size = SDXL_SIZE if self.is_sdxl and sized else dict.fromkeys(SDXL_SIZE)
+        self.styles = styles_on(self.pipe, r.styles, r.style_scale)
+
+    def drop_styles(self) -> None:
+        """Draw without styles from now on."""
+        self.styles.close()
+
+    @contextlib.contextmanager
+    def scene(self, prompt: str, parties: Sequence[Party], masks: Sequence[Any] = ()) -> Iterator[Draw]:
+        """People put on for one prompt; gives a function from a seed to a picture.
+
+        Args:
+            prompt: names people that act through it.
+            parties: the people.
+            masks: one per person or None; () for none at all.
+        """
+        r = self.request
+        masks = list(masks) or [None] * sum(len(p.people) for p in parties)
+        names = placeholders_of(parties, r.placeholder)
+        with contextlib.ExitStack() as on:
+            calls, named = {}, []
+            for party in parties:
+                if party.by_prompt:
+                    named += self._name(on, prompt, party, names, masks)
+                else:
+                    calls |= self._put_on(on, party, [masks[i] for i in party.places], r.scales(party.places))
+            background = None
+            if r.background is not None:
+                background = (r.background, 1 - person_region(r, masks))
+            texts = texts_of(prompt, named, background)
+            if texts.others:
+                from .systems.region_text import attach_texts
+
+                on.enter_context(attach_texts(self.pipe, [t for t, _ in texts.others], [m for _, m in texts.others]))
+            yield lambda seed: self._draw(texts.prompt, seed, calls)
+
+    def _name(
+        self, on: contextlib.ExitStack, prompt: str, party: Party, names: dict[int, str], masks: Sequence[Any]
+    ) -> list[Named]:
+        """Put on people that act through the prompt."""
+        from .attach import attach
+        from .systems.words import CLASS_WORD
+
+        r, alone = self.request, len(masks) == len(party.people)
+        scales = sorted(set(r.scales(party.places)))
+        # One number for people of several systems is that of the attention: words act, or do not.
+        scale = scales[0] if alone or not isinstance(r.id_scale, (int, float)) else float(scales[0] != 0)
+        if len(scales) > 1:
+            raise InputError(f"generate: people of {party.system.name} have one strength, 1 or 0, got {scales}")
+        when = {"id_guidance_start": r.id_start, "id_guidance_end": r.id_end} if alone else {}
+        mine = [names[i] for i in party.places]
+        on.enter_context(attach(self.pipe, party.system, party.people, id_scale=scale, placeholder=mine, **when))
+        require_placeholders(prompt, mine)
+        plain = [str(p.meta.get("class_word") or CLASS_WORD) for p in party.people]
+        return [Named(n, c, masks[i], party.by_stages) for n, c, i in zip(mine, plain, party.places, strict=True)]
+
+    def _put_on(self, on: contextlib.ExitStack, party: Party, masks: list[Any], scales: list[float]) -> dict[str, Any]:
+        """Put on people that act in the attention; what each call must be told of them."""
+        from .attach import attach
+
+        r, people = self.request, party.people
+        if getattr(party.system, "lora_tensors", None):
+            on.enter_context(party.system.lora(getattr(self.pipe, "pipe", self.pipe)))
+        how = {"id_guidance_start": r.id_start, "id_guidance_end": r.id_end}
+        where, scale = (
+            (None if all(m is None for m in masks) else masks),
+            scales[0] if len(set(scales)) == 1 else scales,
+        )
+        if self.is_sdxl:
+            return {"id_embeds": people, "id_scale": scale, "id_masks": where, **how}
+        on.enter_context(attach(self.pipe, party.system, people, id_scale=scale, id_mask=where, **how))
+        return {}
+
+    def _draw(self, prompt: str, seed: int, calls: dict[str, Any]) -> Image.Image:
+        import torch
+
+        r = self.request
+        size = {n: getattr(r, n) or default for n, default in self.size.items()}
+        return self.pipe(
+            prompt, negative_prompt=r.negative or None, num_inference_steps=r.steps, guidance_scale=r.guides(),
+            generator=torch.Generator("cpu").manual_seed(seed), **size, **calls,
+        ).images[0]  # fmt: skip
+
+
+def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
+    """What opens the request's base; nothing large is read yet.
+
+    Raises:
+        WeightsError: no base. InputError: options that it lacks.
+    """
+    from .generating import is_tiny_sd
+
     path = Path(r.base)
     if r.config is not None:
-        return False
+        return _sdxl
+    if is_tiny_sd(r.base):
+        _refuse_sdxl_alone(r, r.base)
+        return _tiny_sd
     if not (path / "model_index.json").is_file():
         more = "; for one file with all weights give --config FOLDER too" if path.is_file() else ""
         raise WeightsError(
-            f'generate: base must be "tiny" or a folder with an SDXL or SD 1.5 pipeline in diffusers\' layout; {path} '
-            f"has no model_index.json{more}"
+            f'generate: base must be "tiny", "tiny-sd" or a folder with an SDXL or SD 1.5 pipeline in diffusers\' '
+            f"layout; {path} has no model_index.json{more}"
         )
-    sd15 = '"StableDiffusionPipeline"' in (path / "model_index.json").read_text()
+    if '"StableDiffusionPipeline"' not in (path / "model_index.json").read_text():
+        return _sdxl
+    _refuse_sdxl_alone(r, path)
+    return _sd15
+
+
+def _refuse_sdxl_alone(r: GenerateRequest, base: Any) -> None:
     given = [name for name, default in SDXL_ALONE.items() if getattr(r, name) != default]
-    if sd15 and given:
-        raise InputError(f"generate: {', '.join(given)} work with SDXL bases, {path} is SD 1.5; leave them out")
-    return sd15
+    if given:
+        raise InputError(f"generate: {', '.join(given)} work with SDXL bases, {base} is SD 1.5; leave them out")
 
 
-def _people(r: GenerateRequest) -> tuple[Any, list[Any]]:
-    """The system, and who is to be drawn; (None, []) for nobody. A system is None where identities need none."""
-    from .systems.loading import load_system, system_for
-
-    people = r.people() or [p for p in [person_file(r)] if p is not None]
-    if not people:
-        if r.masks or r.layout is not None:
-            raise InputError("generate: --mask and --layout say where people act, and --id gives none")
-        return None, []
-    found = [saved_person(p) for p in people]
-    system = system_for(found if len(found) > 1 else found[0]) if all(f is not None for f in found) else None
-    if system is not None:
-        return system, found
-    if r.weights is None and r.system == "auto" and all(getattr(f, "banks", ()) for f in found):
-        return None, found
-    names = ("weights", "vision", "parsing", "retinaface", "faces")
-    photo = any(f is None for f in found)
-    files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photo)
-    system = load_system(**files, policy=face_choice(r.choose), preset=preset_of(r.system, r.preset), for_photos=photo)
-    return system, [system.encode([p]) if f is None else f for p, f in zip(people, found, strict=True)]
-
-
-def saved_person(path: Path) -> Identity | None:
-    """A saved identity, or the words of a textual inversion file; None: a photo."""
-    from .identity import Identity
-    from .systems.sefi_files import is_sefi_file, load_tokens
-    from .text.inversion import is_inversion, read_words
-
-    if not is_saved(path):
-        return None
-    if is_sefi_file(path):
-        return load_tokens(path)
-    return read_words(path) if is_inversion(path) else Identity.load(path)
-
-
-def is_saved(path: Path) -> bool:
-    """Whether this is no photo."""
-    return path.suffix == ".safetensors"
-
-
-def person_file(r: GenerateRequest) -> Path | None:
-    """`--weights` where they are a person by themselves (SeFi-IDE)."""
-    from .systems.sefi_files import is_sefi_file
-
-    if r.weights is None or not is_saved(r.weights):
-        return None
-    found = is_sefi_file(r.weights)
-    if r.system == "sefi-ide" and not found:
-        raise WeightsError(f"generate: {r.weights} holds no person of SeFi-IDE; train one, or name another --system")
-    return r.weights if found else None
-
-
-def require_placeholders(prompt: str, placeholders: Sequence[str]) -> None:
-    """Raise InputError where a person that acts through the prompt is not in it."""
-    from .text.placeholders import mentions
-
-    for name in placeholders:
-        if not mentions(prompt, [name]):
-            raise InputError(
-                f'generate: this identity acts through the prompt, which does not say {name}; write e.g. "a photo of '
-                f'{name}", or name another word with --placeholder'
-            )
-
-
-def masks_of(r: GenerateRequest) -> Any:
-    """A layout's text, or pictures, or None.
-
-    Raises:
-        InputError: both, or a file that is no picture.
-    """
-    if r.layout is not None and r.masks:
-        raise InputError("generate: give --layout or --mask, not both")
-    if not r.masks:
-        return r.layout
-    from .encoders.images import load_image
-
-    return [load_image(m) for m in r.masks]
-
-
-@contextlib.contextmanager
-def _sdxl(r: GenerateRequest, system: Any, people: list[Any]) -> Iterator[Callable[..., Any]]:
-    import functools
-
+def _sdxl(r: GenerateRequest, system: Any) -> Any:
     import torch
 
     from .sampling.id_pipeline import IDPipeline
 
-    device, by_prompt = "cuda" if torch.cuda.is_available() else "cpu", hasattr(system, "put_on")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = r.sampler if r.sampler != "auto" else "lightning" if r.steps <= 8 else "own"
     pipe = IDPipeline.from_pretrained(
-        r.base, None if by_prompt else system, unet_weights=r.unet_weights, sampler=sampler, runner=r.runner,
+        r.base, system, unet_weights=r.unet_weights, sampler=sampler, runner=r.runner,
         dtype=torch.float16 if device == "cuda" else torch.float32, device=None if r.offload else device,
         offload=r.offload, quantize=r.quantize, config=r.config,
     )  # fmt: skip
     pipe.pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
-    calls: dict[str, Any] = {
-        "negative_prompt": r.negative or None, "num_inference_steps": r.steps, "guidance_scale": r.guidance,
-        "width": r.width, "height": r.height,
-    }  # fmt: skip
-    with contextlib.ExitStack() as on:
-        if by_prompt:
-            _attach(on, r, pipe, system, people)
-        elif people:
-            if getattr(system, "lora_tensors", None):
-                on.enter_context(system.lora(pipe.pipe))
-            calls |= {
-                "id_embeds": people, "id_scale": r.id_scale, "id_masks": masks_of(r), "id_guidance_start": r.id_start,
-                "id_guidance_end": r.id_end,
-            }  # fmt: skip
-        yield functools.partial(pipe, r.prompt, **calls)
+    return pipe
 
 
-@contextlib.contextmanager
-def _sd15(r: GenerateRequest, system: Any, people: list[Any]) -> Iterator[Callable[..., Any]]:
-    import functools
-
+def _sd15(r: GenerateRequest, system: Any) -> Any:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -195,24 +225,13 @@ def _sd15(r: GenerateRequest, system: Any, people: list[Any]) -> Iterator[Callab
     pipe.to("cuda" if cuda else "cpu")
     if r.steps <= 8:
         pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
-    with contextlib.ExitStack() as on:
-        if people:
-            if getattr(system, "lora_tensors", None):
-                on.enter_context(system.lora(pipe))
-            _attach(on, r, pipe, system, people)
-        yield functools.partial(
-            pipe, r.prompt, negative_prompt=r.negative or None, num_inference_steps=r.steps, guidance_scale=r.guidance,
-            width=r.width, height=r.height,
-        )  # fmt: skip
+    return pipe
 
 
-def _attach(on: contextlib.ExitStack, r: GenerateRequest, pipe: Any, system: Any, people: list[Any]) -> None:
-    from .attach import attach
+def _tiny_sd(r: GenerateRequest, system: Any) -> Any:
+    from .generating import TINY_SD
+    from .sampling.tiny_sd import PACKAGE_FOLDER, tiny_sd
 
-    named = {} if r.placeholder is None else {"placeholder": r.placeholder}
-    handle = attach(
-        pipe, system, people if len(people) > 1 else people[0], id_scale=r.id_scale, id_mask=masks_of(r),
-        id_guidance_start=r.id_start, id_guidance_end=r.id_end, **named,
-    )  # fmt: skip
-    on.enter_context(handle)
-    require_placeholders(r.prompt, getattr(handle, "placeholders", ()))
+    pipe = tiny_sd(PACKAGE_FOLDER if r.base == TINY_SD else r.base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -45,6 +45,8 @@ class Conditioning:
         self.sites = {site.name: site for site in sites}
         self.places = {site.name: i for i, site in enumerate(sites)}
         self.options = options
+        # A system of texts for regions takes the place of the prompt where it acts, in place of adding to it.
+        self.replaces = bool(getattr(system, "replaces_text", False))
         self.rows = rows
         self.rows_now: tuple[str, ...] = HALVES[0]
         self.backend = backend

@@ -188,11 +188,13 @@ def _before_output(
         context, mask = given["encoder_hidden_states"], given["attention_mask"]
         total = before_output(found, attn, states, query, context, mask, extra)
     else:
-        total = call.joined(groups.pop(0) if groups else None)
+        total = call.joined(groups.pop(0) if groups and not groups[0].conditioning.replaces else None)
     if groups:
         plain = call.joined(None)
         for group in groups:
             total = total + (call.joined(group) - plain)
+            if group.conditioning.replaces:
+                total = total - group.cover(call.q.shape[0]) * plain
     if kind == "adds":
         extra = binding.pick(given, but=("encoder_hidden_states", "attention_mask", "temb"))
         total = total + added_branches(found, attn, states, query, key, (text, pictures), extra)
@@ -220,6 +222,17 @@ class Group(NamedTuple):
             "backend": self.conditioning.backend,
         }
 
+    def cover(self, batch: int) -> Any:
+        """Sum over the identities of scale times mask: a number, or what multiplies [B, Lq, C]."""
+        given = self.arguments(batch)
+        total: Any = 0.0
+        for j, mask in enumerate(given["id_mask"] or [None] * len(given["k_id"])):
+            scale = given["id_scale"][j]
+            if isinstance(scale, Tensor):
+                scale = scale.reshape(-1, 1, 1)
+            total = total + (scale if mask is None else scale * mask.to(self.branches[0].k[0].dtype)[..., None])
+        return total.to(self.branches[0].k[0].dtype) if isinstance(total, Tensor) else total
+
     def _scale(self, batch: int) -> Any:
         scales = [b.scale for b in self.branches]
         if all(isinstance(s, tuple) for s in scales):
@@ -235,12 +248,12 @@ class Group(NamedTuple):
 
 
 def groups_of(active: list[Conditioning], name: str, q: Tensor, size: tuple[int, int] | None) -> list[Group]:
-    """Conditionings that one op call can serve together, in order."""
+    """Conditionings that one op call can serve together, in order; those that take the place of the text come last."""
     groups: dict[Any, Group] = {}
     for c in active:
-        group = groups.setdefault((c.options, c.backend), Group(c, []))
+        group = groups.setdefault((c.options, c.backend, c.replaces), Group(c, []))
         group.branches.append(c.branch(name, q, size))
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda g: g.conditioning.replaces)
 
 
 class TextCall:

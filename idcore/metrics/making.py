@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -18,7 +18,11 @@ from ..workflows import save_picture, writable_folder, write_text
 from .people import Person
 from .rows import METADATA, Row
 
+if TYPE_CHECKING:
+    from ..generating import GenerateRequest
+
 PLAN = "plan.json"
+INSTEAD_OF = "a person"  # of the shipped prompt sets
 Draw = Callable[[str, Any, Sequence[int]], Sequence[Image.Image]]
 
 
@@ -147,7 +151,7 @@ def tiny_maker(base: str = "tiny", *, steps: int = 4, id_scale: float = 1.0, sys
     from .probes import recogniser_key
 
     if system_file is not None:
-        raise InputError("evaluate: --weights are those of PuLID on an SDXL folder; name it with --base")
+        raise InputError("evaluate: --weights are those of an identity system on another base; name it with --base")
     folder = PACKAGE_FOLDER if base == "tiny" else Path(base)
     pipe = TinyPipeline.from_folder(folder)
 
@@ -164,46 +168,69 @@ def tiny_maker(base: str = "tiny", *, steps: int = 4, id_scale: float = 1.0, sys
     return Maker(key, draw, encode, recogniser_key(default_analyzer()))
 
 
-def sdxl_maker(
-    base: str,
-    system: Any = None,
-    *,
-    steps: int = 4,
-    id_scale: float = 1.0,
-    guidance: float = 1.2,
-    width: int | None = None,
-    height: int | None = None,
-    negative: str = "",
-    weights: Path | None = None,
-    recogniser: str = "",
-    dtype: Any = None,
-    device: str | None = None,
+def base_maker(
+    look: GenerateRequest, system: Any = None, *, recogniser: str = "", instead_of: str = INSTEAD_OF
 ) -> Maker:
-    """An SDXL folder through `IDPipeline`, with an identity system; the UNet's own size where none is given.
+    """SDXL, SD 1.5 or tiny-sd with an identity system and styles; the UNet's own size where none is given.
 
-    People need photos that the system can encode, or identities beside them.
+    Args:
+        look: base, styles, and how to draw; its prompt and people are not read.
+        system: what encodes the people's photos, and puts those who act in the attention on; None where people are
+            saved and act through the prompt.
+        recogniser: key of the one that conditions the pictures, or "".
+        instead_of: what prompts say where a person that acts through the prompt is put in.
+
+    Raises:
+        InputError: a prompt that does not say it.
     """
-    import torch
+    from ..generating_base import Artist
+    from ..generating_people import grouped, placeholders_of, saved_person
 
-    from ..identity import Identity
-    from ..sampling.id_pipeline import IDPipeline
+    artist = Artist(look, None if hasattr(system, "put_on") else system, sized=False)
 
-    pipe = IDPipeline.from_pretrained(base, system, dtype=dtype, device=device)
-    pipe.pipe.set_progress_bar_config(disable=True)
-
-    def encode(person: Person) -> Identity:
-        return Identity.load(person.identity) if person.identity else pipe.encode(list(person.photos))
+    def encode(person: Person) -> Any:
+        return saved_person(person.identity) if person.identity else system.encode(list(person.photos))
 
     def draw(prompt: str, identity: Any, seeds: Sequence[int]) -> list[Image.Image]:
-        made = []
-        for seed in seeds:  # one at a time: the same seed gives the same picture whatever is made beside it
-            made += pipe(
-                prompt, negative or None, id_embeds=identity, id_scale=id_scale, num_inference_steps=steps,
-                guidance_scale=guidance, width=width, height=height, generator=torch.Generator().manual_seed(seed),
-            ).images  # fmt: skip
-        return made
+        parties = [] if identity is None else grouped([identity], system)
+        names = placeholders_of(parties, look.placeholder) if any(p.by_prompt for p in parties) else {}
+        with artist.scene(naming(prompt, names.get(0), instead_of), parties) as one:
+            return [one(seed) for seed in seeds]  # one at a time: a seed's picture hangs on nothing beside it
 
-    key = {"base": str(base), "files": _folder_key(Path(base)), "system": getattr(system, "name", None), "steps": steps}
-    key |= {"id_scale": id_scale, "guidance": guidance, "width": width, "height": height, "negative": negative}
-    key["weights"] = file_hash(weights) if weights else None
-    return Maker(key, draw, encode, recogniser, batch=4)
+    return Maker(_key_of(look, system), draw, encode, recogniser, batch=4)
+
+
+def naming(prompt: str, name: str | None, instead_of: str = INSTEAD_OF) -> str:
+    """A prompt that names the person who acts through it; without a person (None) the prompt as it is.
+
+    Raises:
+        InputError: the prompt has no place for the person.
+    """
+    from ..text.placeholders import mentions, replaced
+
+    if name is None or mentions(prompt, [name]):
+        return prompt
+    if not mentions(prompt, [instead_of]):
+        raise InputError(
+            f"evaluate: the person acts through the prompt, and {prompt!r} says neither {name} nor {instead_of!r}; "
+            f"write {name} into the prompts, or say which words stand for the person with --instead-of"
+        )
+    return replaced(prompt, {instead_of: name})
+
+
+def _key_of(look: GenerateRequest, system: Any) -> dict[str, Any]:
+    from ..generating import TINY_SD
+    from ..generating_styles import style_file
+
+    folder = Path(look.base)
+    if look.base == TINY_SD:
+        from ..sampling.tiny_sd import PACKAGE_FOLDER as folder
+    key = {"base": str(look.base), "files": _folder_key(folder), "system": getattr(system, "name", None)}
+    key |= {"steps": look.steps, "id_scale": look.id_scale, "guidance": look.guides(), "width": look.width}
+    key |= {"height": look.height, "negative": look.negative}
+    key["weights"] = file_hash(look.weights) if look.weights else None
+    if look.styles:
+        files = [style_file(p) for p in look.styles]
+        key["styles"] = [_folder_key(p) if p.is_dir() else file_hash(p) for p in files]
+        key["style_scale"] = look.style_scale if isinstance(look.style_scale, (int, float)) else list(look.style_scale)
+    return key

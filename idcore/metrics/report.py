@@ -31,7 +31,14 @@ def write_page(result: dict[str, Any], path: Path, folder: Path, photos: Mapping
         folder: where the pictures lie.
         photos: a photo of each person by name.
     """
-    parts = [_head(result), _figures(result), _caveats(result), _recognisers(result), _histograms(result)]
+    parts = [
+        _head(result),
+        _figures(result),
+        _changes(result),
+        _caveats(result),
+        _recognisers(result),
+        _histograms(result),
+    ]
     parts += [_worst(result, folder), _grids(result, folder, photos)]
     title = f"idcore evaluation of {html.escape(result['folder'])}"
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -67,6 +74,12 @@ def _figures(result: dict[str, Any]) -> str:
         lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + tail)
     head = "".join(f"<th>{t}</th>" for t in ("figure", "mean", "95 %", "n", "what it is"))
     return f"<h2>Figures</h2><table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _changes(result: dict[str, Any]) -> str:
+    """Against an earlier evaluation, where there is one."""
+    lines = [f"<li><code>{html.escape(c['words'])}</code></li>" for c in result.get("changes", ())]
+    return f"<h2>Against the earlier evaluation</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _circular(state: str) -> str:

@@ -1,0 +1,136 @@
+"""Which prompt each part of a picture reads, where people that act through the prompt have regions, or the background
+has a prompt of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import InputError
+from .text.placeholders import replaced
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .generating import GenerateRequest
+
+
+class Named(NamedTuple):
+    """A person in the prompt."""
+
+    placeholder: str
+    class_word: str
+    mask: Tensor | None  # [1, H, W], or None: everywhere
+    by_stages: bool
+
+
+class Texts(NamedTuple):
+    """The main prompt, and the other texts with their masks."""
+
+    prompt: str
+    others: list[tuple[str, Tensor]]
+
+
+def masks_of(r: GenerateRequest, people: int) -> tuple[Any, ...]:
+    """One mask [1, H, W] float or None per person.
+
+    Raises:
+        InputError: a layout and masks, as many as people are missing, or a file that is no picture.
+    """
+    from .attention.masks import read_masks
+
+    if r.layout is not None and r.masks:
+        raise InputError("generate: give --layout or --mask, not both")
+    if not people:
+        return ()
+    if not r.masks:
+        return tuple(None if m is None or bool((m == 1).all()) else m for m in read_masks(r.layout, people))
+    from .encoders.images import load_image
+
+    return read_masks([load_image(m) for m in r.masks], people)
+
+
+def person_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
+    """Where `--background` is not read: `--person-region`, else where the people are. [1, H, W]"""
+    from .attention.masks import read_masks
+    from .encoders.images import load_image
+
+    if r.person_region is not None:
+        path = r.person_region
+        spec = [load_image(path)] if _is_file(path) else path
+        (mask,) = read_masks(spec, 1)
+        return mask
+    known = [m for m in masks if m is not None]
+    if not known or len(known) < len(masks):
+        raise InputError(
+            "generate: --background is read outside of the people, and nothing says where they are; give "
+            '--person-region "center" (a layout, or a picture that is white there), or --layout for all of them'
+        )
+    return _on_one_size(known).amax(0)
+
+
+def _is_file(text: str) -> bool:
+    from pathlib import Path
+
+    return Path(text).is_file()
+
+
+def _on_one_size(masks: Sequence[Tensor]) -> Tensor:
+    """[n, 1, H, W]"""
+    import torch
+    from torch.nn.functional import interpolate
+
+    size = [max(m.shape[i] for m in masks) for i in (-2, -1)]
+    return torch.stack([interpolate(m[None], size)[0] for m in masks])
+
+
+def texts_of(prompt: str, people: Sequence[Named], background: tuple[str, Tensor] | None = None) -> Texts:
+    """The prompts of a picture's parts.
+
+    A person with a mask is named there alone; elsewhere the prompt reads the class word. People without a mask are
+    named everywhere; one by stages in the main prompt alone.
+
+    Args:
+        prompt: names all of them.
+        people: those that act through the prompt.
+        background: a text and where it is read.
+
+    Raises:
+        InputError: two people by stages of whom one has a region: their words cannot be other texts.
+    """
+    staged = [p for p in people if p.by_stages]
+    if len(staged) > 1 and any(p.mask is not None for p in staged):
+        raise InputError(
+            f"generate: {len(staged)} people of SeFi-IDE share the picture and cannot have regions, since only the "
+            'main prompt may change with the stage; leave their regions "all", or give one of them by another system'
+        )
+    apart = [p for p in people if p.mask is not None]
+    base = [p for p in people if p.mask is None or p.by_stages]
+    others = [(_naming(prompt, people, [p, *_plain(people)]), p.mask) for p in apart if not p.by_stages]
+    for p in staged:
+        if p.mask is not None:
+            others.append((_naming(prompt, people, _plain(people)), _rest([p.mask, *(m for _, m in others)])))
+    if background is not None:
+        others = [(t, m * (1 - _fit(background[1], m))) for t, m in others] + [background]
+    return Texts(_naming(prompt, people, base), others)
+
+
+def _plain(people: Sequence[Named]) -> list[Named]:
+    """Those that any text may name."""
+    return [p for p in people if p.mask is None and not p.by_stages]
+
+
+def _naming(prompt: str, people: Sequence[Named], kept: Sequence[Named]) -> str:
+    names = {p.placeholder for p in kept}
+    return replaced(prompt, {p.placeholder: p.class_word for p in people if p.placeholder not in names})
+
+
+def _rest(masks: Sequence[Tensor]) -> Tensor:
+    """What several masks leave. [1, H, W]"""
+    return (1 - _on_one_size(masks).sum(0)).clamp(0, 1)
+
+
+def _fit(mask: Tensor, like: Tensor) -> Tensor:
+    from torch.nn.functional import interpolate
+
+    return interpolate(mask[None], like.shape[-2:])[0]

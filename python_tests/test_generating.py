@@ -1,0 +1,269 @@
+"""`idcore generate` with people of several systems, regions, styles and texts for parts of a picture."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+
+import idcore
+from idcore.attach import attach
+from idcore.attention.sites import find_sites
+from idcore.errors import InputError, WeightsError
+from idcore.files import file_hash
+from idcore.generating import GenerateRequest, generate_pictures
+from idcore.generating_likeness import compared
+from idcore.generating_regions import Named, texts_of
+from idcore.identity import Identity
+from idcore.lora_files import Layer, Lora, write_lora
+from idcore.systems.lora import load_lora
+from idcore.systems.pulid import PuLID, PuLIDConfig
+from idcore.systems.pulid_encoders import EncoderConfig
+from idcore.systems.region_text import attach_texts, shared_out
+from idcore.systems.sefi_files import load_tokens, save_tokens
+from idcore.systems.sefi_ide import SeFiIDE, SeFiTokens, class_word_embeddings
+from idcore.systems.words import WordSystem
+from idcore.testing.tiny_models import tiny_pipeline
+
+PHOTO = Path(idcore.__file__).parent / "assets/photos/astronaut.png"
+FAST = {"num_inference_steps": 1, "guidance_scale": 1.2}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A saved SD 1.5 with PuLID, people of three systems, and a style."""
+    return made_for("sd", tmp_path_factory.mktemp("sd"))
+
+
+def made_for(kind, folder):
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    width = pipe.unet.config.cross_attention_dim
+    pulid = PuLID(PuLIDConfig.for_unet(pipe.unet, EncoderConfig("v1", output_dim=32)))
+    pulid.save(folder / "pulid.safetensors")
+    Identity(torch.randn(1, 4, 32) * 3, torch.zeros(1, 4, 32), pulid.name, {}).save(folder / "a.safetensors")
+    for name in "bc":
+        Identity(torch.randn(1, 2, width) * 3, None, "dreamidentity", {}).save(folder / f"{name}.safetensors")
+    tokens = SeFiTokens(class_word_embeddings(pipe, "a"), 5)
+    for p in tokens.parameters():
+        torch.nn.init.normal_(p)
+    save_tokens(folder / "v.safetensors", tokens.identity("a"))
+    layers = {}
+    for site in find_sites(pipe.unet):
+        down, up = torch.randn(2, width), torch.randn(site.hidden, 2)
+        layers["unet", f"{site.path}.to_v"] = Layer(down, up, 2.0)
+    write_lora(Lora(layers), folder / "style.safetensors", "diffusers")
+    return SimpleNamespace(folder=folder, kind=kind)
+
+
+def draw(there, out, **over):
+    f = there.folder
+    ids = tuple(f / f"{n}.safetensors" for n in over.pop("id", ""))
+    styles = (f / "style.safetensors",) if over.pop("style", False) else ()
+    values = dict(
+        prompt="S* and V* in a garden", out=out, id=ids, base=str(f / "base"), weights=f / "pulid.safetensors", steps=1,
+        width=16, height=16, styles=styles,
+    )  # fmt: skip
+    return [np.asarray(Image.open(p)) for p in generate_pictures(GenerateRequest(**values | over))]
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_people_of_three_systems_and_a_style_in_one_pass(there, kind, tmp_path):
+    """The command draws what attaches by hand draw."""
+    there = there if kind == "sd" else made_for(kind, tmp_path)
+    (made,) = draw(there, tmp_path / "a", id="abv", style=True)
+    f, pipe = there.folder, tiny_pipeline(there.kind)
+    if there.kind == "sd":
+        from idcore.sampling.sdxl import few_step_scheduler
+
+        pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
+    else:
+        pipe = idcore.IDPipeline(pipe)
+    pulid = PuLID.from_weights(f / "pulid.safetensors")
+    a, b = (Identity.load(f / f"{n}.safetensors") for n in "ab")
+    with (
+        load_lora(pipe, f / "style.safetensors"),
+        attach(pipe, pulid, a),
+        attach(pipe, WordSystem(), b),
+        attach(pipe, SeFiIDE(), load_tokens(f / "v.safetensors")),
+    ):
+        wanted = pipe(
+            "S* and V* in a garden", generator=torch.Generator().manual_seed(0), width=16, height=16, **FAST
+        ).images[0]
+    assert np.abs(made.astype(int) - np.asarray(wanted)).max() <= 1
+    prompts = {"bv": "S* and V* in a garden", "av": "a and V* in a garden", "ab": "S* and a in a garden"}
+    others = {n: draw(there, tmp_path / n, id=n, style=True, prompt=p)[0] for n, p in prompts.items()}
+    others["plain"] = draw(there, tmp_path / "plain", id="abv")[0]
+    for name, other in others.items():
+        assert not np.array_equal(other, made), f"without one part the picture is another: {name}"
+    about = Image.open(tmp_path / "a" / "000_seed0.png").text
+    assert about["identity_sha256"].split() == [file_hash(f / f"{n}.safetensors") for n in "abv"]
+    assert about["style_sha256"] == file_hash(f / "style.safetensors")
+
+
+def test_people_in_regions_whatever_their_system(there, tmp_path):
+    prompt = "S* and V* and B*"
+    args = dict(id="acv", placeholder=["S*", "V*"], prompt="S* and V*")
+    apart = draw(there, tmp_path / "a", layout="left, right, all", **args)[0]
+    whole = draw(there, tmp_path / "b", layout="all, all, all", **args)[0]
+    assert np.array_equal(whole, draw(there, tmp_path / "c", **args)[0]), "all is everywhere"
+    assert not np.array_equal(apart, whole)
+    by_words = dict(id="bc", placeholder=["S*", "B*"], prompt="S* and B*")
+    sides = draw(there, tmp_path / "d", layout="left, right", **by_words)[0]
+    swapped = draw(there, tmp_path / "e", layout="right, left", **by_words)[0]
+    assert not np.array_equal(sides, swapped)
+    with pytest.raises(InputError, match="2 people act through the prompt and need as many different words"):
+        draw(there, tmp_path / "f", id="bc", prompt=prompt)
+    with pytest.raises(InputError, match="2 people of SeFi-IDE share the picture and cannot have regions"):
+        draw(there, tmp_path / "g", id="vv", placeholder=["S*", "V*"], prompt=prompt, layout="left, right")
+    with pytest.raises(InputError, match="have one strength, 1 or 0"):
+        draw(there, tmp_path / "h", id="bc", placeholder=["S*", "V*"], id_scale=(1.0, 0.0))
+
+
+def test_a_strength_of_each_person(there, tmp_path):
+    prompt = "S* in a garden"
+    off = draw(there, tmp_path / "a", id="ab", id_scale=(0.0, 1.0), prompt=prompt)[0]
+    alone = draw(there, tmp_path / "b", id="b", prompt=prompt)[0]
+    assert np.abs(off.astype(int) - alone).max() <= 1
+    weak = draw(there, tmp_path / "c", id="ab", id_scale=0.5, prompt=prompt)[0]  # words have no strength between
+    assert np.array_equal(weak, draw(there, tmp_path / "d", id="ab", id_scale=(0.5, 1.0), prompt=prompt)[0])
+    with pytest.raises(InputError, match="2 people need one --id-scale or 2, got 3"):
+        draw(there, tmp_path / "e", id="ab", id_scale=(1, 1, 1), prompt=prompt)
+
+
+def test_a_background_of_its_own(there, tmp_path):
+    """Multi-StyleForge: the person's words inside of the person's region, the background's outside."""
+    person, garden = draw(there, tmp_path / "a", prompt="a man")[0], draw(there, tmp_path / "b", prompt="a garden")[0]
+    both = draw(there, tmp_path / "c", prompt="a man", background="a garden", person_region="left")[0]
+    assert not np.array_equal(both, person) and not np.array_equal(both, garden)
+    everywhere = draw(there, tmp_path / "d", prompt="a man", background="a garden", person_region="all")[0]
+    assert np.abs(everywhere.astype(int) - person).max() <= 1
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    by_mask = draw(
+        there, tmp_path / "e", prompt="a man", background="a garden", person_region=str(tmp_path / "mask.png")
+    )
+    assert np.array_equal(by_mask[0], both)
+    with_id = dict(id="a", prompt="a man", background="a garden")
+    assert not np.array_equal(draw(there, tmp_path / "f", layout="left", **with_id)[0], both)
+    with pytest.raises(InputError, match="nothing says where they are; give --person-region"):
+        draw(there, tmp_path / "g", **with_id)
+    with pytest.raises(InputError, match="--person-region says where --background is not read"):
+        draw(there, tmp_path / "h", prompt="a man", person_region="left")
+
+
+def test_texts_of_parts():
+    left, right = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
+    left[..., 0] = right[..., 1] = 1
+    a, b, v = Named("A*", "man", left, False), Named("B*", "person", right, False), Named("V*", "dog", None, True)
+    made = texts_of("A*, B* and V*", [a, b, v])
+    assert made.prompt == "man, person and V*"
+    assert [t for t, _ in made.others] == ["A*, person and dog", "man, B* and dog"]
+    assert torch.equal(made.others[0][1], left)
+    made = texts_of("A* and V*", [a, v._replace(mask=right)], ("trees", right))
+    assert made.prompt == "man and V*" and [t for t, _ in made.others] == ["A* and dog", "man and dog", "trees"]
+    assert torch.equal(made.others[0][1], left) and not made.others[1][1].any()
+    assert texts_of("x", [Named("A*", "man", None, False)]) == ("x", [])
+
+
+def test_masks_share_out_what_they_cover_together():
+    shared = shared_out([torch.ones(1, 2, 2), None, torch.zeros(1, 4, 4)])
+    assert [float(m.mean()) for m in shared] == [0.5, 0.5, 0]
+    assert float(shared_out([None, None])[0].sum()) == 0.5 and shared_out([None]) == [None]
+
+
+def test_a_text_for_a_region_takes_the_prompts_place():
+    pipe = tiny_pipeline("sd")
+
+    def draws(prompt, **more):
+        more = {**FAST, "guidance_scale": 2.0} | more
+        return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **more).images[0]
+
+    man, garden = draws("a man"), draws("a garden")
+    with attach_texts(pipe, ["a garden"], None) as handle:
+        assert np.abs(draws("a man") - garden).max() < 1e-5
+        handle.scale(0.0)
+        assert np.array_equal(draws("a man"), man)
+    with attach_texts(pipe, ["a garden", "a garden"], "left, right"), attach(pipe, WordSystem(), word("W*")):
+        assert np.abs(draws("W*") - garden).max() < 1e-5
+    with attach_texts(pipe, ["a garden"], "left", scale=0.5):
+        half = draws("a man")
+    assert 0 < np.abs(half - man).mean() < np.abs(garden - man).mean()
+    assert np.array_equal(draws("a man"), man)
+    tokens = SeFiTokens(class_word_embeddings(pipe, "a"), 5).identity("a")
+    with attach(pipe, SeFiIDE(), tokens):
+        with pytest.raises(InputError, match="names a person of SeFi-IDE, whose words change with the stage"):
+            attach_texts(pipe, ["V*"], None)
+        with attach_texts(pipe, ["a garden"], None):
+            assert np.abs(draws("V*") - garden).max() < 1e-5
+    with pytest.raises(InputError, match="wanted at least one text, none of them empty"):
+        attach_texts(pipe, [" "], None)
+
+
+def word(name):
+    return Identity(torch.ones(1, 1, 32), None, "dreamidentity", {"placeholder": name})
+
+
+def test_what_a_style_takes_of_the_likeness_is_printed(tmp_path):
+    """Measured on a photo of the person and a copy that the style blurred away."""
+    photo = Image.open(PHOTO).convert("RGB")
+    grey = Image.new("RGB", photo.size, (90, 90, 90))
+    dark = photo.point(lambda v: v // 2)
+    r = GenerateRequest("x", tmp_path, id=(PHOTO,), base="somewhere")
+    found = compared(r, [dark, grey], [photo, photo], ())
+    one = found["people"][0]
+    assert one["without_style"] == [0.0, 0.0] and one["found"] == 1 and one["values"][1] is None
+    assert one["pairs"] == 1 and one["loss"] == one["values"][0] > 0
+    both = Image.new("RGB", (2 * photo.width, photo.height), (90, 90, 90))
+    both.paste(photo, (0, 0))
+    left, right = torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)
+    left[..., 0] = right[..., 1] = 1
+    two = GenerateRequest("x", tmp_path, id=(PHOTO, PHOTO), base="somewhere")
+    found = compared(two, [both], [], (left, right))
+    assert [p["values"] for p in found["people"]] == [[0.0], [None]]
+
+
+def test_the_command_says_it(there, tmp_path):
+    f = there.folder
+    args = (
+        "generate", "--prompt", "a man", "--out", tmp_path / "o", "--base", f / "base", "--weights",
+        f / "pulid.safetensors", "--id", f / "a.safetensors", "--style", f / "style.safetensors", "--width", 16,
+        "--height", 16, "--steps", 1,
+    )  # fmt: skip
+    status, out, error = run(*args, "--like", PHOTO, "--compare", "--style-scale", 2)
+    assert status == 0 and "face found in 0 of 1; without style unknown: the style takes unknown" in error
+    assert len(list((tmp_path / "o" / "without_style").glob("*.png"))) == 1
+    told = json.loads((tmp_path / "o" / "generate.json").read_text())["similarity"]["people"][0]
+    assert told["values"] == [None] and told["loss"] is None
+    strong = np.asarray(Image.open(tmp_path / "o" / "000_seed0.png"))
+    plain = np.asarray(Image.open(tmp_path / "o" / "without_style" / "000_seed0.png"))
+    assert np.array_equal(plain, draw(there, tmp_path / "p", id="a", prompt="a man")[0])
+    assert not np.array_equal(strong, plain)
+    for more, text in (
+        (("--compare",), "--compare measures how alike the pictures are to the people's photos: give --like"),
+        (("--like", PHOTO, "--like", PHOTO), "--like gives a photo per --id: 1 people, 2 photos"),
+        (("--style-scale", 1, "--style-scale", 2), "1 styles need one --style-scale or 1, got 2"),
+        (("--style", f / "pulid.safetensors"), "is no LoRA of kohya, diffusers or peft"),
+    ):
+        assert text in run(*args, *more)[2]
+    with pytest.raises(InputError, match="--compare draws the same pictures without --style, and there is none"):
+        draw(there, tmp_path / "q", id="a", compare=True)
+
+
+def test_two_systems_in_the_attention_are_refused(there, tmp_path):
+    Identity(torch.randn(1, 4, 32), None, "faceid", {}).save(there.folder / "z.safetensors")
+    with pytest.raises(InputError, match="people of pulid-v1 and faceid both act in the attention"):
+        draw(there, tmp_path, id="az")
+    with pytest.raises(WeightsError, match="needs its adapter weights"):
+        draw(there, tmp_path, id="ab", weights=None)
+
+
+def test_the_embedded_model_says_what_it_lacks(tmp_path):
+    with pytest.raises(InputError, match='--style, --background: base "tiny" draws one person everywhere'):
+        generate_pictures(GenerateRequest("x", tmp_path, styles=(tmp_path,), background="y"))
