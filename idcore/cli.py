@@ -1,4 +1,4 @@
-"""The command line: demo, encode, mix, generate, evaluate, prepare, augment, train, convert, fetch, doctor, env."""
+"""The command line: a table of commands; the work is in other modules."""
 
 from __future__ import annotations
 
@@ -204,6 +204,22 @@ def prepare(
         data, out, setup, changes=change or [], base=base, dtype=dtype, texts=texts, procedural=procedural, seed=seed,
         workers=workers, dry_run=dry_run, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
+
+
+@app.command()
+def draw(
+    out: Annotated[Path, typer.Argument(help="Folder for the pictures and their captions.")],
+    kind: Annotated[str, typer.Option(help='"person" (one, several views), "people", or "backgrounds".')] = "person",
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
+    style: Annotated[str, typer.Option(help="photo, pencil, oil, cartoon, sepia or night.")] = "photo",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws others.")] = 0,
+    size: Annotated[int, typer.Option(help="Edge in pixels.")] = 128,
+) -> None:
+    """Draw small data sets of people and styles, to try the trainings with --base tiny-sd."""
+    from .training.data.drawings import draw_folder
+
+    made = draw_folder(out, kind, count, style=style, seed=seed, size=size)
+    typer.echo(f"{len(made)} pictures in {out}")
 
 
 @app.command()
