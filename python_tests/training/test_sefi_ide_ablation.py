@@ -13,9 +13,9 @@ SMALL = ("loop.steps=1", "loop.batch=1", "words.heads=2", "words.head_dim=8")
 def test_ablation_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TIMES", (300, 700))
     monkeypatch.setattr(ablation, "GALLERY", 2)
-    monkeypatch.setattr(ablation, "VARIANTS", {k: ablation.VARIANTS[k] for k in list(ablation.VARIANTS)[1::2]})
+    monkeypatch.setattr(ablation, "VARIANTS", {k: ablation.VARIANTS[k] for k in list(ablation.VARIANTS)[-1:]})
     rows = ablation.run(tmp_path, [0], people=1, changes=SMALL, say=lambda text: None)
-    assert [r["run"] for r in rows] == ["without attention loss", "one stage"]
+    assert [r["run"] for r in rows] == ["one stage"]
     assert all({"distance", "rank1", "adherence", "attention", "seconds"} <= set(r) for r in rows)
     assert all(0 < r["attention"] < 100 and r["found"] in [i / 8 for i in range(9)] for r in rows)
     monkeypatch.setattr(ablation, "train_sefi_ide", lambda *a, **k: pytest.fail("trained again"))

@@ -176,7 +176,8 @@ def _words(table: Sequence[str], seeds: Sequence[int], people: int) -> str:
 
 def _sheet(out: Path, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     strips = [Image.open(out / r["folder"] / "drawn.png") for r in rows]
-    photo = drawn_photo(table_people(rows[0]["person"] + 1)[0][-1]).resize((TILE, TILE), Image.Resampling.NEAREST)
+    place = rows[0]["person"]
+    photo = drawn_photo(table_people(max(2, place + 1))[0][place]).resize((TILE, TILE), Image.Resampling.NEAREST)
     columns = strips[0].width // 64
     sheet = Image.new("RGB", ((1 + columns) * TILE, len(strips) * TILE), "white")
     for y, strip in enumerate(strips):
