@@ -26,8 +26,11 @@ from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.contract import Step
 from idcore.training.dreamidentity.config import DreamIdentityTrainConfig, load_config
 from idcore.training.dreamidentity.data import open_data
-from idcore.training.dreamidentity.run import new_system, train_dreamidentity
+from idcore.training.dreamidentity.run import new_system, train_dreamidentity, vit_of
 from idcore.training.dreamidentity.task import DreamIdentityTask
+from idcore.training.face_vit.data import drawn_exam
+from idcore.training.face_vit.task import identification
+from idcore.training.tiny.pool import write_shard
 
 VIT = FaceViTConfig(image_size=16, patch_size=8, width=32, depth=4, heads=2, mlp_dim=48, id_dim=6)
 BASES = {"sd": SD15Base, "sdxl": SDXLBase}
@@ -197,6 +200,17 @@ def test_the_command_line_trains_and_draws(files, pool, tmp_path, kind):  # noqa
     ])  # fmt: skip
     assert drawn.exit_code == 0, drawn.output
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_the_shipped_vit_tells_people_apart_whom_it_never_saw(tmp_path):
+    write_shard(tmp_path, 20, people=12)  # its training saw the first four shards of 500
+    vit, cut = vit_of(load_config())
+    assert cut == "head" and vit.config.image_size == 64 and vit.config.id_dim == 128
+    exam = drawn_exam(tmp_path, 0, 12, 64, cut)
+    with torch.no_grad():
+        seen = torch.cat([vit(b.face["crop"])[0] for b in exam])
+    made = identification(seen, torch.cat([b.extra["person"] for b in exam]))
+    assert made["rank1"] > 0.8 and made["same"] > made["different"] + 0.5
 
 
 def test_defaults_and_settings():

@@ -38,8 +38,8 @@ from .validation import draw, identities
 
 # Our choice: what a CPU core trains in a minute a run.
 CHANGES = (
-    "loop.steps=80", "loop.warmup=5", "loop.lr=2e-3", "loop.ema=0.9", "loop.validate_every=0", "loop.trackers=",
-    "loop.save_every=40", "loop.keep=1", "people.drawn=2000",
+    "loop.steps=150", "loop.warmup=10", "loop.lr=2e-3", "loop.ema=0.9", "loop.precision=bf16", "loop.validate_every=0",
+    "loop.trackers=", "loop.save_every=50", "loop.keep=1", "people.drawn=2000",
 )  # fmt: skip
 ARMS = {"faces alone": 0.0, "faces and pairs": 0.5}
 PEOPLE, EDITS, TILE = 16, "tiny-edits", 64

@@ -166,4 +166,4 @@ def run_command(
     return run_training("dreamidentity", a, settings, go, use=used)
 
 
-__all__ = ["analyzer_of", "new_system", "run_command", "train_dreamidentity"]
+__all__ = ["analyzer_of", "new_system", "run_command", "train_dreamidentity", "vit_of"]
