@@ -163,17 +163,18 @@ def run(
         raise InputError(f"table: {people} people for each of {len(seeds)} seeds are more than the {GALLERY} there are")
     learners = Learners(open_text_base(base), out, dream, {**CHANGES, **(changes or {})})
     rows = []
-    for number, seed in enumerate(seeds):
-        for place in range(number * people, (number + 1) * people):
-            for name, learn in learners.systems().items():
-                folder = out / f"seed{seed}" / f"person{place}" / name.replace(" ", "-")
-                file = folder / "measures.json"
-                if not file.exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    measured = _measured(learn(seed, who[place], folder, number), learners.base, exam, place, folder)
-                    write_text(file, json.dumps(measured))
-                rows.append({"seed": seed, "person": place, "run": name, **json.loads(file.read_text())})
-                say(f"seed {seed}, person {place}, {name}: " + _told(rows[-1]))
+    for place in range(people * len(seeds)):
+        number = place % len(seeds)
+        seed = seeds[number]
+        for name, learn in learners.systems().items():
+            folder = out / f"seed{seed}" / f"person{place}" / name.replace(" ", "-")
+            file = folder / "measures.json"
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                measured = _measured(learn(seed, who[place], folder, number), learners.base, exam, place, folder)
+                write_text(file, json.dumps(measured))
+            rows.append({"seed": seed, "person": place, "run": name, **json.loads(file.read_text())})
+            say(f"seed {seed}, person {place}, {name}: " + _told(rows[-1]))
     return rows
 
 
