@@ -81,7 +81,7 @@ def test_lora_by_the_command_and_back_into_pictures(kind, tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     photo().save(tmp_path / "me.png")
     made = command("dreambooth", tmp_path, BOOTH)
-    assert made.exit_code == 0, made.output
+    assert made.exit_code == 0 and "--style" in made.stderr, made.output
     assert [p.name for p in sorted((tmp_path / "run" / "class").glob("*.png"))] == ["0000.png", "0001.png", "0002.png"]
     assert set(losses_of(tmp_path / "run")[0]) == {"person", "class"}
     plain, weights = draw(pipe, "sks x"), tmp_path / "run" / "model" / "pytorch_lora_weights.safetensors"
@@ -90,6 +90,19 @@ def test_lora_by_the_command_and_back_into_pictures(kind, tmp_path):
     assert not torch.allclose(ours, plain) and torch.allclose(draw(pipe, "sks x"), plain)
     pipe.load_lora_weights(weights)  # diffusers' own reading
     assert torch.allclose(draw(pipe, "sks x"), ours, atol=1e-5)
+    line = [
+        "generate",
+        "--base",
+        str(tmp_path / "base"),
+        "--style",
+        str(weights),
+        "--prompt",
+        "a sks x",
+        "--steps",
+        "1",
+    ]
+    drawn = CliRunner().invoke(app, [*line, "--width", "16", "--height", "16", "--out", str(tmp_path / "drawn")])
+    assert drawn.exit_code == 0 and (tmp_path / "drawn" / "000_seed0.png").is_file(), drawn.output
 
 
 @pytest.mark.parametrize("name", ["words", "lora"])

@@ -35,12 +35,14 @@ def run_command(
         call = {"textual-inversion": train_textual_inversion, "dreambooth": train_dreambooth}[command]
         return call(config, out, resume=arguments.resume, allow_change=arguments.allow_change, say=arguments.say)
 
-    who, use = settings.person.placeholder, ""
-    if command == "textual-inversion":
-        use = (
-            f'idcore generate --base {settings.model.base} --id {{made}}/learned_embeds.safetensors --prompt "a photo '
-        )
-        use += f'of {who} in the snow"'
+    if command == "dreambooth":
+        from .dreambooth import drawing
+
+        use = drawing(settings, "{made}")
+    else:
+        from .textual_inversion import drawing
+
+        use = drawing(settings, "{made}")
     return run_training(
         command, arguments, settings, train, needed=[("--images PHOTO", settings.person.images)], use=use
     )

@@ -87,6 +87,7 @@ class BoothTask(PersonTask):
                 "base": self.base.name, "trained": what + (", text encoders" if c.tune.text_encoder else ""),
                 "prior preservation": f"weight {c.prior.weight:g}",
             },
+            use=(f"{drawing(c, 'RESULT')} --out pictures",),
             notes=f"{notes} Prompts say `{who}`.",
             limits="Likeness is measured against the very photos that were learned.",
             run="DreamBooth",
@@ -94,6 +95,13 @@ class BoothTask(PersonTask):
         written = [weights, *write_card(card, c, folder, facts)]
         more = {"placeholder": who, "class_word": c.person.class_word, "weights_of": base}
         return [*written, Result("dreambooth", weights.name, c.model.base).write(folder, more)]
+
+
+def drawing(config: BoothConfig, result: str) -> str:
+    """The command that draws the person of a result folder."""
+    lora = f"--base {config.model.base} --style {result}/{WEIGHTS}"
+    which = lora if config.tune.weights == "lora" else f"--base {result}/{PIPELINE}"
+    return f'idcore generate {which} --prompt "a photo of {config.person.placeholder} in the snow"'
 
 
 def class_pictures(config: BoothConfig, base: LatentBase, edge: int, out: Path, say: Say = silent) -> Group:

@@ -102,10 +102,7 @@ class InversionTask(PersonTask):
                 "base": self.base.name,
                 "words": f"{person.words} of width {' + '.join(map(str, self.module.widths))}",
             },
-            use=(
-                f'idcore generate --base {c.model.base} --id RESULT/{WEIGHTS} --prompt "a photo of {person.placeholder}'
-                ' in the snow" --out pictures',
-            ),
+            use=(f"{drawing(c, 'RESULT')} --out pictures",),
             notes=f"diffusers reads the file: `pipe.load_textual_inversion({WEIGHTS!r})`.",
             limits="Likeness is measured against the very photos that were learned.",
             run="textual inversion",
@@ -113,6 +110,12 @@ class InversionTask(PersonTask):
         written = [weights, *write_card(card, c, folder, facts)]
         more = {"placeholder": person.placeholder, "class_word": person.class_word}
         return [*written, Result("words", WEIGHTS, c.model.base).write(folder, more)]
+
+
+def drawing(config: InversionConfig, result: str) -> str:
+    """The command that draws the person of a result folder."""
+    said = f'--prompt "a photo of {config.person.placeholder} in the snow"'
+    return f"idcore generate --base {config.model.base} --id {result}/{WEIGHTS} {said}"
 
 
 def train_textual_inversion(
