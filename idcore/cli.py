@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -233,7 +234,13 @@ def env(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: errors of ours are one clear text and exit status 1 (128 + signal for a training that a signal
-    stopped), no traceback."""
+    stopped), no traceback.
+
+    transformers and diffusers are held to errors unless their own variables say otherwise: their warnings speak to who
+    calls them, not to who types a command.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     sys.exit(told(app))
 
 
