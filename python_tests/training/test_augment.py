@@ -66,7 +66,7 @@ def test_pairs_show_one_person_and_the_prompt(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["pairs"], manifest["names"], manifest["used"]) == (12, 2, 2)
     assert manifest["index"] == file_hash(tmp_path / "index.jsonl")
-    assert load_image(tmp_path / "examples.png").size == (4 * 160, 2 * 188)
+    assert load_image(tmp_path / "examples.png").size == (4 * 160, 2 * 200)
     assert not lines(tmp_path, "dropped.jsonl")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from .options import AugmentConfig, Prompt
 from .report import AugmentReport
 from .run import augment
 from .setup import Job, NamedModels
+
+# Between pictures of one drawn person; drawn people lie nearer to each other than photographed ones do, for whom the
+# recogniser's own limit is meant (our choice).
+DRAWN_LIMIT = 0.5
 
 
 def run_augment(
@@ -47,6 +52,8 @@ def run_augment(
             f"--base {TINY_SD} brings its own. A shipped set of prompts: --prompts dreamidentity-edits"
         )
     settings = load(AugmentConfig, config, changes)
+    if tiny and settings.identity is None:
+        settings = replace(settings, identity=DRAWN_LIMIT)
     how = text or ("drawn" if tiny else "clip")
     if how == "clip" and clip is None:
         raise InputError(

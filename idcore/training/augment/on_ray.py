@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ... import errors
 from ...errors import IdcoreError, InputError, MissingDependencyError
 from .options import Made, Pair
 from .setup import Job
@@ -26,6 +27,7 @@ class Cluster:
 
     Attributes:
         address: "local" starts Ray on this machine and ends it afterwards; "auto" or HOST:PORT joins a running cluster.
+            A cluster that this process has joined before is taken as it is.
         workers: processes, each with the models in it.
         cpus, gpus: that each of them needs; Ray places no more than there are.
         retries: how often one worker may die before the run is given up.
@@ -68,6 +70,8 @@ class Cluster:
             try:
                 for row in done.iter_rows():
                     yield _read(row)
+            except IdcoreError:
+                raise
             except (ray.exceptions.RayError, RuntimeError) as e:
                 raise _told(e, ray, self.retries) from e
 
@@ -117,17 +121,22 @@ class _Worker:
         self.job, self.unit = job, None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if self.unit is None:
-            self.unit = self.job.build()
-        made = self.unit(row["name"])
+        try:
+            if self.unit is None:
+                self.unit = self.job.build()
+            made = self.unit(row["name"])
+        except IdcoreError as e:  # as data: Ray would wrap it in texts of its own
+            return {"name": row["name"], "error": type(e).__name__, "said": str(e), "files": "[]", "content": [b""]}
         said = {"pairs": [asdict(p) for p in made.pairs], "drops": made.drops, "drawn": made.drawn}
         return {
-            "name": made.name, "said": json.dumps(said), "files": json.dumps(list(made.pictures)),
+            "name": made.name, "error": "", "said": json.dumps(said), "files": json.dumps(list(made.pictures)),
             "content": list(made.pictures.values()) or [b""],
         }  # fmt: skip
 
 
 def _read(row: dict[str, Any]) -> Made:
+    if row["error"]:
+        raise getattr(errors, row["error"], IdcoreError)(row["said"])
     said = json.loads(row["said"])
     pictures = dict(zip(json.loads(row["files"]), map(bytes, row["content"])))
     return Made(
@@ -135,18 +144,16 @@ def _read(row: dict[str, Any]) -> Made:
     )
 
 
-def _told(e: Exception, ray: Any, retries: int) -> Exception:
-    """An error of ours as it was raised in a worker; else one that says what became of the worker."""
+def _told(e: Exception, ray: Any, retries: int) -> IdcoreError:
+    """What became of a worker."""
     cause: Any = e
-    while cause is not None and not isinstance(cause, IdcoreError):
+    while cause is not None:
         if isinstance(cause, ray.exceptions.ActorDiedError) and "creation task" not in str(cause):
             return IdcoreError(
                 f"augment: a worker died more than {retries} times, most often for want of memory; what stands is "
                 "kept. Run it again with fewer --workers or a smaller batch"
             )
         cause = getattr(cause, "cause", None) or cause.__cause__
-    if cause is not None:
-        return cause
     last = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
     return IdcoreError(
         f"augment: a worker failed: {last}; what stands is kept. Is idcore installed on all machines, in one version?"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import wrap
 
 from PIL import Image, ImageDraw
 
@@ -40,7 +41,7 @@ class AugmentReport:
             rows.append(("  identity, mean", f"{fmean(p.identity for p in self.pairs):.3f}", ""))
             texts = [p.text for p in self.pairs if p.text is not None]
             rows.append(("  text, mean", f"{fmean(texts):.3f}" if texts else "-", "" if texts else "not looked at"))
-        for prompt, n in Counter(p.prompt for p in self.pairs).most_common():
+        for prompt, n in Counter(p.prompt for p in self.pairs).most_common(30):
             rows.append(("  with", f"{n:,}", prompt))
         reasons = Counter(d["reason"] for d in self.drops)
         for reason, n in reasons.most_common():
@@ -57,7 +58,7 @@ def contact_sheet(out: Path, pairs: Sequence[Pair]) -> Image.Image:
         if p.edited not in [q.edited for q in row]:
             row.append(p)
     shown = list(rows.values())[:ROWS]
-    line = 28
+    line = 40  # three lines of words
     width = 1 + max(min(len(r), COLUMNS) for r in shown)
     sheet = Image.new("RGB", (width * EDGE, len(shown) * (EDGE + line)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -71,6 +72,7 @@ def contact_sheet(out: Path, pairs: Sequence[Pair]) -> Image.Image:
             how = Image.Resampling.NEAREST if picture.width < EDGE else Image.Resampling.LANCZOS
             corner = (x * EDGE, y * (EDGE + line))
             sheet.paste(picture.resize((EDGE, EDGE), how), corner)
-            for i, word in enumerate(words):
-                draw.text((corner[0] + 3, corner[1] + EDGE + 1 + 12 * i), word[: EDGE // 6 - 1], fill="black")
+            told = [*wrap(words[0], EDGE // 6)[:2], words[1]]
+            for i, word in enumerate(told):
+                draw.text((corner[0] + 3, corner[1] + EDGE + 1 + 12 * i), word, fill="black")
     return sheet

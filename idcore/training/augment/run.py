@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from ...errors import IdcoreError, InputError
@@ -48,8 +49,9 @@ def _make(missing: Sequence[str], folder: Folder, job: Job, cluster: object, tot
         return
     pairs = 0
     bar = tqdm(total=total, initial=total - len(missing), desc="augmenting", unit="name", disable=not progress)
-    with bar:
-        for made in _here(missing, job) if cluster is None else cluster.run(missing, job):
+    # Closed at once where writing fails: a cluster is not left working.
+    with bar, closing(_here(missing, job) if cluster is None else cluster.run(missing, job)) as work:
+        for made in work:
             folder.write(made)
             pairs += len(made.pairs)
             bar.update()
