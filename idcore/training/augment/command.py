@@ -17,9 +17,10 @@ from .report import AugmentReport
 from .run import augment
 from .setup import Job, NamedModels
 
-# Between pictures of one drawn person; drawn people lie nearer to each other than photographed ones do, for whom the
-# recogniser's own limit is meant (our choice).
-DRAWN_LIMIT = 0.5
+# Between pictures of one person by tiny-sd, whose people lie nearer to each other than photographed ones, for whom the
+# recogniser's own limit is meant: 95 of 100 pictures of one lie within 0.31, the medians of one and of two are 0.23 and
+# 0.29 (our choice).
+DRAWN_LIMIT = 0.35
 
 
 def run_augment(
