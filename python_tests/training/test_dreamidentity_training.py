@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from test_augment import job
 from test_face_vit_training import no_more_people, pool  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from idcore.training.augment.run import augment
 from idcore.training.bases.sd15 import SD15Base
 from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.contract import Step
+from idcore.training.dreamidentity.ablation import ARMS, report
 from idcore.training.dreamidentity.config import DreamIdentityTrainConfig, load_config
 from idcore.training.dreamidentity.data import open_data
 from idcore.training.dreamidentity.run import new_system, train_dreamidentity, vit_of
@@ -218,6 +220,7 @@ def test_defaults_and_settings():
     assert (c.encoder.words, c.people.editability, c.loss.penalty, c.encoder.adain) == (2, 0.5, 0.01, True)
     assert c.reconstruction() == ("A photo of S*",)
     small = load_config(None, ["people.placeholder=V*", "validation.prompts=a photo of V*"])
+    assert small.loss.penalty == 0, "its words are far larger than CLIP's"
     assert small.model.resolution == 64 and small.reconstruction() == ("A photo of V*",)
 
 
@@ -245,6 +248,22 @@ def test_errors_say_what_to_do(files, pool, tmp_path):  # noqa: F811
         task.losses(batch, Step(0, 0, 1))
     with pytest.raises(InputError, match="no landmarks of faces"):
         list(source.sources[0].__class__(_NoFaces(), 16).micro_batches(0, 0, 0, 1, 1, 1))
+
+
+def test_the_ablation_s_page_holds_both_arms_and_their_spread(tmp_path):
+    rows = [
+        {"seed": s, "run": name, "distance": 0.5 + 0.1 * s, "rank1": 0.0, "adherence": 0.75, "seconds": None}
+        for name in ARMS for s in (0, 1)
+    ]  # fmt: skip
+    for name in ARMS:
+        folder = tmp_path / "runs/seed0" / name.replace(" ", "-")
+        folder.mkdir(parents=True)
+        Image.new("RGB", (128, 512), "red").save(folder / "drawn.png")
+    results, page, picture = report(tmp_path / "runs", rows, tmp_path / "docs")
+    text = page.read_text()
+    assert text.count("| 0.550 ± 0.050 | 0.000 ± 0.000 |  | 0.750 ± 0.000 |") == 2 and "faces and pairs" in text
+    assert json.loads(results.read_text())["runs"] == rows
+    assert Image.open(picture).size == (128, 2 * (256 + 16))
 
 
 class _NoFaces:
