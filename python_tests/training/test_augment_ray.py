@@ -41,8 +41,8 @@ def whole(tmp_path_factory):
     return contents(folder)
 
 
-def test_a_cluster_makes_the_same_data_set_and_goes_on(cluster, whole, tmp_path):
-    augment(NAMES[:2], tmp_path, job(), cluster=cluster, progress=False)
+def test_a_cluster_makes_the_same_data_set_and_goes_on_with_one(cluster, whole, tmp_path):
+    augment(NAMES[:2], tmp_path, job(), progress=False)
     before = everything(tmp_path)
     report = augment(NAMES, tmp_path, job(), cluster=cluster, progress=False)
     assert report.reused == 2 and contents(tmp_path) == whole

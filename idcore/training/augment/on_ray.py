@@ -64,8 +64,7 @@ class Cluster:
                 compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(names))),
                 num_cpus=self.cpus,
                 num_gpus=self.gpus,
-                max_restarts=self.retries,
-                max_task_retries=self.retries,
+                ray_remote_args_fn=lambda: {"max_restarts": self.retries, "max_task_retries": self.retries},
             )
             try:
                 for row in done.iter_rows():
