@@ -181,6 +181,7 @@ class _GivenPerson:
     changes from pass to pass and whose keys and values carry gradients."""
 
     has_masks = False
+    replaces = False
     plan = None
 
     def __init__(self, sites: list[Site], options: AttentionOptions, backend: str | None) -> None:
