@@ -116,6 +116,7 @@ class Tuned:
             for name, model in self.models.items():
                 if other := list(getattr(model, "peft_config", {})):
                     raise InputError(f"tuning: the {name} has the LoRA {other[0]!r} on it; take that off first")
+                _without_husks(model)
                 chosen = list(self._chosen(name, model))
                 config = LoraConfig(r=self.settings.rank, lora_alpha=self.alpha, target_modules=chosen)
                 model.add_adapter(config, ADAPTER)
@@ -161,6 +162,14 @@ class Tuned:
         """The whole pipeline with the weights as they are now, in diffusers' layout."""
         self.base.pipe.save_pretrained(folder, safe_serialization=True)
         return folder
+
+
+def _without_husks(model: nn.Module) -> None:
+    """Give layers back their place where peft left wrappers behind after their last LoRA was deleted."""
+    for path, layer in list(model.named_modules()):
+        if hasattr(layer, "base_layer") and not len(getattr(layer, "lora_A", ())):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.base_layer)
 
 
 def _published(model: nn.Module, path: str) -> str:
