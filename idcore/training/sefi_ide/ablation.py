@@ -46,7 +46,6 @@ CHANGES = (
 VARIANTS = {
     "five stages, lambda 0.003": (),
     "without attention loss": ("loss.attention=0",),
-    "lambda 0.03": ("loss.attention=0.03",),
     "one stage": ("words.stages=1",),
 }
 COLUMNS = {

@@ -36,6 +36,6 @@ def run_command(
     person: Any = settings.person
     return run_training(
         "sefi-ide", arguments, settings, train, needed=[("--images PHOTO", person.images)],
-        use=f"idcore generate --base {settings.model.base} --id {{made}}/person.safetensors --prompt \"a photo of "
+        use=f"idcore generate --base {settings.model.base} --id {{made}} --prompt \"a photo of "
         f'{person.placeholder} in the snow"',
     )  # fmt: skip
