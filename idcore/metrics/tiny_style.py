@@ -110,13 +110,13 @@ def drawn(people: int, first_seed: int) -> tuple[Tensor, Tensor]:
 
 
 def fit(x: Tensor, y: Tensor, shrink: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Linear discriminant analysis of features [N, D] with classes [N]: weight [6, D], bias [6], float64.
+    """Linear discriminant analysis of features [N, D] with classes [N] of K kinds: weight [K, D], bias [K], float64.
 
     `shrink` times the mean variance is added to the within-class covariance of the standardised features (our choice).
     """
     centre, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     z = (x - centre) / spread
-    means = torch.stack([z[y == k].mean(0) for k in range(len(STYLES))])
+    means = torch.stack([z[y == k].mean(0) for k in range(int(y.max()) + 1)])
     within = z - means[y]
     covariance = within.T @ within / len(z) + shrink * torch.eye(z.shape[1], dtype=z.dtype)
     weight = torch.linalg.solve(covariance, means.T).T
