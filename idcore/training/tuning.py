@@ -132,7 +132,8 @@ class Tuned:
         ends = _LAYERS[self.settings.layers] if name == "unet" else _TEXT_LAYERS
         pattern = re.compile(rf"(^|.*\.)({'|'.join(ends)})$")
         for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and pattern.match(path):
+            plain = getattr(module, "base_layer", module)  # of what a LoRA left that was taken off
+            if isinstance(plain, (nn.Linear, nn.Conv2d)) and pattern.match(path):
                 yield path
 
     def lora(self) -> Lora:

@@ -61,6 +61,9 @@ def test_a_lora_that_trained_here_draws_the_same_when_loaded(kind, layers, text_
     fresh = base_of(kind)
     with load_lora(fresh.pipe, read_lora(file)):
         torch.testing.assert_close(predicted(fresh, fresh.text_live), wanted, rtol=1e-4, atol=1e-5)
+    with Tuned(fresh, TuneSettings(layers=layers, rank=3, text_encoder=text_encoder)) as anew:
+        assert anew.lora().layers.keys() == tuned.lora().layers.keys()
+    torch.testing.assert_close(predicted(fresh, fresh.text_live), before)
     tuned.remove()
     assert torch.equal(predicted(base, base.text_live), before)
     assert not any("lora" in n for n, _ in base.unet.named_modules())

@@ -162,21 +162,25 @@ def report(out: Path, found: Mapping[str, Any], changes: Sequence[str], docs: Pa
 
 def _words(rows: Sequence[Mapping], seeds: list, targets: list, right: float, settings: Sequence[str]) -> str:
     count = len(CONTENTS) * len(SEEDS)
-    return "\n".join([
-        "# StyleForge on drawn styles", "",
+    said = (
         f"LoRA on tiny-sd, {PEOPLE} pictures of people and {PLACES} of places in the style, {AUX} Aux images of people "
-        "in another painted style, all drawn by the project. Means over "
-        f"{len(seeds)} seeds ({len(targets)} styles each) with the spread between the seeds; {count} pictures of "
-        f"people, {len(EMPTY) * len(SEEDS)} of nobody and {count} without the style's word a run. The style is told by a linear "
-        f"classifier that is right for {right:.1%} of drawings of unseen people; tiny-sd knows pencil, oil and cartoon by "
-        "those words, duotone not at all.", "",
+        f"in another painted style, all drawn by the project. Means over {len(seeds)} seeds ({len(targets)} styles "
+        f"each) with the spread between the seeds; {count} pictures of people, {len(EMPTY) * len(SEEDS)} of nobody and "
+        f"{count} without the style's word a run. The style is told by a linear classifier that is right for "
+        f"{right:.1%} of drawings of unseen people; tiny-sd knows pencil, oil and cartoon by those words, duotone not "
+        "at all."
+    )
+    shown = f"First seed; for each style the rows are {', '.join(METHODS)}, no training:"
+    return "\n".join([
+        "# StyleForge on drawn styles", "", said, "",
         "DreamBooth without Aux has the StyleRef term alone: the same steps and as many StyleRef samples in each. "
-        "Multi-StyleForge draws nobody by its second word.", "",
+        "Multi-StyleForge draws nobody by its second word. Photo without the word: how many pictures of prompts that "
+        "do not say the style are still photos.", "",
         *_table(rows, seeds), "", "Share of pictures in the target style, by style:", "",
         *_by_style(rows, seeds, targets), "",
         f"Settings: `{' '.join(settings)}`. Runs: `docs/results/styleforge.json`. Again: "
         "`python -m idcore.training.styleforge.experiment`.", "",
-        "First seed; for each style the rows are " + ", ".join(METHODS) + ", no training:", "", "![pictures](styleforge-results.png)", "",
+        shown, "", "![pictures](styleforge-results.png)", "",
     ])  # fmt: skip
 
 
