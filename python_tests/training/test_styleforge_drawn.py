@@ -12,13 +12,12 @@ from idcore.training.styleforge.drawn import ALL, Styles, person, place
 
 @pytest.fixture(scope="module")
 def styles():
-    return Styles(people=14, unseen=5)
+    return Styles(people=40, unseen=8)
 
 
 def test_the_judge_knows_styles_of_people_it_never_saw(styles):
-    assert styles.names == list(ALL) and styles.right > 0.6
-    drawn = person(6_900_000, ["duotone", "pencil", "photo"])
-    assert styles(drawn) == ["duotone", "pencil", "photo"]
+    assert styles.names == list(ALL) and styles.right > 0.75
+    assert styles(person(6_900_000, ["duotone", "pencil"])) == ["duotone", "pencil"]
 
 
 def test_drawings_hang_on_their_seed_alone():
