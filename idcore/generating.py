@@ -128,6 +128,10 @@ def generate_pictures(r: GenerateRequest, say: Callable[[str], Any] = lambda tex
     if is_tiny(r.base):
         made, info = _generate_tiny(r)
     else:
+        from .generating_styles import unsaid_words
+
+        for line in unsaid_words(r.styles, [r.prompt, r.background or ""]):
+            say(line)
         made, plain, info = _generate_on_base(r, seeds, say)
     info["request"] = {k: _plain(v) for k, v in asdict(r).items()}
     about = _about(r)

@@ -23,6 +23,22 @@ def style_file(path: Path) -> Path:
     return found
 
 
+def unsaid_words(styles: Sequence[Path], texts: Sequence[str]) -> list[str]:
+    """A line for each style of StyleForge whose word none of the texts says: it would do little."""
+    from .files import check_container
+    from .systems.styleforge import style_words
+
+    lines = []
+    for path in map(style_file, styles):
+        found = style_words(check_container(path, "LoRA")[1]) if path.is_file() else None
+        if found is not None and not any(found.style in t or found.background and found.background in t for t in texts):
+            lines.append(
+                f"note: the prompt does not say {found.style!r}, the word of {path.name}; write e.g. "
+                f"{found.person('a person')!r}"
+            )
+    return lines
+
+
 def styles_on(pipe: Any, styles: Sequence[Path], scale: float | Sequence[float] = 1.0) -> contextlib.ExitStack:
     """Put LoRA on a pipeline, one beside the other; closing what comes back takes all off.
 

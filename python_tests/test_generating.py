@@ -18,6 +18,7 @@ from idcore.files import file_hash
 from idcore.generating import GenerateRequest, generate_pictures
 from idcore.generating_likeness import compared
 from idcore.generating_regions import Named, texts_of
+from idcore.generating_styles import unsaid_words
 from idcore.identity import Identity
 from idcore.lora_files import Layer, Lora, write_lora
 from idcore.systems.lora import load_lora
@@ -26,6 +27,7 @@ from idcore.systems.pulid_encoders import EncoderConfig
 from idcore.systems.region_text import attach_texts, shared_out
 from idcore.systems.sefi_files import load_tokens, save_tokens
 from idcore.systems.sefi_ide import SeFiIDE, SeFiTokens, class_word_embeddings
+from idcore.systems.styleforge import StyleWords
 from idcore.systems.words import WordSystem
 from idcore.testing.tiny_models import tiny_pipeline
 
@@ -57,7 +59,8 @@ def made_for(kind, folder):
     for site in find_sites(pipe.unet):
         down, up = torch.randn(2, width), torch.randn(site.hidden, 2)
         layers["unet", f"{site.path}.to_v"] = Layer(down, up, 2.0)
-    write_lora(Lora(layers), folder / "style.safetensors", "diffusers")
+    words = StyleWords("[V] style", "[W] style").metadata()
+    write_lora(Lora(layers), folder / "style.safetensors", "diffusers", metadata=words)
     return SimpleNamespace(folder=folder, kind=kind)
 
 
@@ -237,6 +240,7 @@ def test_the_command_says_it(there, tmp_path):
         "--height", 16, "--steps", 1,
     )  # fmt: skip
     status, out, error = run(*args, "--like", PHOTO, "--compare", "--style-scale", 2)
+    assert "note: the prompt does not say '[V] style', the word of style.safetensors" in error
     assert status == 0 and "face found in 0 of 1; without style unknown: the style takes unknown" in error
     assert len(list((tmp_path / "o" / "without_style").glob("*.png"))) == 1
     told = json.loads((tmp_path / "o" / "generate.json").read_text())["similarity"]["people"][0]
@@ -254,6 +258,12 @@ def test_the_command_says_it(there, tmp_path):
         assert text in run(*args, *more)[2]
     with pytest.raises(InputError, match="--compare draws the same pictures without --style, and there is none"):
         draw(there, tmp_path / "q", id="a", compare=True)
+
+
+def test_a_style_whose_word_is_said(there):
+    path = there.folder / "style.safetensors"
+    assert not unsaid_words([path], ["a photo of [V] style, a man"]) and not unsaid_words([path], ["x", "[W] style"])
+    assert len(unsaid_words([path], ["a photo"])) == 1 and not unsaid_words([there.folder], ["a photo"])
 
 
 def test_two_systems_in_the_attention_are_refused(there, tmp_path):
