@@ -9,18 +9,17 @@ from idcore.training.together import study
 from idcore.training.together.pieces import Settings, photos, style_pictures
 
 
-def test_the_study_makes_judges_and_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "COLOURS", ("blue",))
+def test_the_study_makes_judges_and_tells(tmp_path):
     few = ("loop.steps=2", "loop.batch=1", "loop.validate_every=0", "loop.save_every=2")
     settings = Settings(
         people=2, seeds=(0,), style_changes=(*few, "tune.rank=2", "pictures.mix=false"), person_changes=few
     )
     said = []
     rows, exam = study.pictures(settings, tmp_path, said.append)
-    carriers = ["nobody", "own word", "SeFi-IDE", "own word + SeFi-IDE"]
-    assert sorted({r["carrier"] for r in rows}) == sorted(carriers) and len(rows) == 3 * 4 * 2
+    carriers = ["nobody", "own word", "SeFi-IDE", "own word + own word", "SeFi-IDE + own word"]
+    assert sorted({r["carrier"] for r in rows}) == sorted(carriers) and len(rows) == 3 * (3 * 2 * 2 + 2 * 2)
     sizes = {r["carrier"]: Image.open(tmp_path / r["file"]).size for r in rows}
-    assert sizes == dict.fromkeys(carriers, (64, 64)) | {carriers[-1]: (128, 64)}
+    assert sizes == dict.fromkeys(carriers[:3], (64, 64)) | dict.fromkeys(carriers[3:], (128, 64))
     by = {(r["carrier"], r["look"]): tmp_path / r["file"] for r in rows if r["person"] == 0}
     read = {k: np.asarray(Image.open(f)) for k, f in by.items()}
     for name in ("own word", "SeFi-IDE"):
@@ -31,11 +30,11 @@ def test_the_study_makes_judges_and_tells(tmp_path, monkeypatch):
     assert len(said) == before, "nothing is made twice"
     seeds = photos(settings, tmp_path)[0]
     told = study.report(settings, rows, exam, seeds, tmp_path)
-    assert len(told["lines"]) == 12 and all(0 <= x["found"] <= 1 for x in told["lines"])
+    assert len(told["lines"]) == 15 and all(0 <= x["found"] <= 1 for x in told["lines"])
     json.dumps(told)
     text = study.table(told["lines"])
-    assert text.count("\n") == 13 and "| own word + SeFi-IDE | StyleForge |" in text
-    assert study.montage(rows, tmp_path, 0).size == (7 * 96, 4 * 96)
+    assert text.count("\n") == 16 and "| SeFi-IDE + own word | StyleForge |" in text
+    assert study.montage(rows, tmp_path, 0).size == (8 * 96, 5 * 96)
 
 
 def test_pictures_of_a_style():

@@ -29,8 +29,8 @@ class Settings:
     style: str = "pencil"
     people: int = 3
     seeds: tuple[int, ...] = (0, 1, 2)
-    style_changes: tuple[str, ...] = ("loop.steps=120", "loop.validate_every=0", "pictures.mix=false")
-    person_changes: tuple[str, ...] = ("loop.steps=200", "loop.batch=8", "loop.validate_every=0")
+    style_changes: tuple[str, ...] = ("loop.steps=60", "loop.batch=4", "loop.validate_every=0", "pictures.mix=false")
+    person_changes: tuple[str, ...] = ("loop.steps=60", "loop.batch=4", "loop.lr=3e-3", "loop.validate_every=0")
 
 
 @dataclass

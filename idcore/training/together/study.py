@@ -13,12 +13,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from ...attention.masks import read_masks
 from ...env import command_line, machine
 from ...errors import told
 from ...generating import GenerateRequest
@@ -29,11 +31,12 @@ from ...workflows import save_picture, write_text
 from .pieces import Carrier, Settings, carriers, photos, trained_style
 
 COLOURS = ("blue", "yellow")
+LAYOUT = "4 (1) 4"  # of two people, with nobody between them
 PERSON, OTHER = "S*", "T*"
 PLAIN, WORD, LORA = "photo", "style's word", "StyleForge"
 PROMPTS = {PLAIN: "a photo of {who}, {colour} background", WORD: "a {style} drawing of {who}, {colour} background",
            LORA: "a photo of [V] style, {who}, {colour} background"}  # fmt: skip
-NOBODY, TWO = "nobody", "two people"
+NOBODY = "nobody"
 
 
 def pictures(
@@ -81,12 +84,12 @@ def _alone(settings: Settings, found: Sequence[Carrier], seed: int, look: str) -
 
 
 def _pairs(settings: Settings, found: Sequence[Carrier], seed: int, look: str) -> Iterator[Wanted]:
-    """The last carrier's person on the left beside SeFi-IDE's on the right, in a picture twice as wide."""
-    right = next(c for c in found if c.name == "SeFi-IDE")
-    for left in (c for c in found if c is not right):
+    """Each carrier's person on the left beside another by the own word on the right, in a picture twice as wide."""
+    right = found[0]
+    for left in found:
         for i in range(settings.people):
             j = (i + 1) % settings.people
-            row = _row(f"{left.name} + SeFi-IDE", look, seed, i, COLOURS[0], right=j)
+            row = _row(f"{left.name} + {right.name}", look, seed, i, COLOURS[0], right=j)
             yield row, [(left, i), (right, j)]
 
 
@@ -110,29 +113,22 @@ def _folder(out: Path, file: str) -> str:
 def _picture(
     settings: Settings, artist: Artist, row: dict[str, Any], people: Sequence[tuple[Carrier, int]]
 ) -> Image.Image:
-    import dataclasses
-
     identities = [c.of(i) for c, i in people]
     inside = [c.system for c, _ in people if not c.by_prompt]
     parties = grouped(identities, inside[0] if inside else None)
     names = [n for (c, _), n in zip(people, (PERSON, OTHER)) if c.by_prompt]
     who = " and ".join(n if c.by_prompt else "a person" for (c, _), n in zip(people, (PERSON, OTHER))) or "a person"
-    prompt = PROMPTS[row["look"]].format(who=who, colour=row["colour"], style=settings.style)
-    width = artist.pipe.unet.config.sample_size * artist.pipe.vae_scale_factor
-    wide = {"width": 2 * width, "height": width} if len(people) == 2 else {}
-    artist.request = dataclasses.replace(artist.request, placeholder=names or None, **wide)
-    if not wide:
-        artist.request = dataclasses.replace(artist.request, width=None, height=None)
-    masks = _halves() if wide else ()
+    asked, said = PROMPTS[row["look"]], {"colour": row["colour"], "style": settings.style}
+    changes: dict[str, Any] = {"placeholder": names or None, "width": None, "height": None, "background": None}
+    masks: tuple[Any, ...] = ()
+    if len(people) == 2:
+        side = artist.pipe.unet.config.sample_size * artist.pipe.vae_scale_factor
+        masks = read_masks(LAYOUT, 2)
+        changes |= {"width": 2 * side, "height": side, "background": asked.format(who="an empty scene", **said)}
+    artist.request = replace(artist.request, **changes)
     number = 1000 * row["seed"] + 10 * row["person"] + COLOURS.index(row["colour"])
-    with artist.scene(prompt, parties, masks) as draw:
+    with artist.scene(asked.format(who=who, **said), parties, masks) as draw:
         return draw(number)
-
-
-def _halves() -> tuple[Any, ...]:
-    from ...attention.masks import read_masks
-
-    return read_masks("left, right", 2)
 
 
 # -- judging ----------------------------------------------------------------------------------------------
@@ -189,20 +185,28 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def montage(rows: Sequence[dict[str, Any]], out: Path, seed: int, person: int = 0, edge: int = 96) -> Image.Image:
-    """The person's photo, then a line per carrier with its three looks."""
-    chosen = [r for r in rows if (r["seed"], r["person"], r["colour"]) == (seed, person, COLOURS[0])]
+def montage(rows: Sequence[dict[str, Any]], out: Path, seed: int, edge: int = 96) -> Image.Image:
+    """A line per carrier: photos of the first two people, then both of them in each look."""
+    chosen = [r for r in rows if (r["seed"], r["colour"]) == (seed, COLOURS[0]) and r["person"] < 2]
     names = list(dict.fromkeys(r["carrier"] for r in chosen))
-    sheet = Image.new("RGB", (7 * edge, edge * len(names)), "white")
-    photo = Image.open(out / "people" / f"p{person}.png").convert("RGB").resize((edge, edge), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (2 * edge * (1 + len(PROMPTS)), edge * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
     for y, name in enumerate(names):
-        sheet.paste(photo, (0, y * edge))
-        for x, look in enumerate(PROMPTS):
-            file = next(r["file"] for r in chosen if (r["carrier"], r["look"]) == (name, look))
-            picture = Image.open(out / file).convert("RGB")
-            picture = picture.resize((picture.width * edge // picture.height, edge), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (edge + 2 * x * edge, y * edge))
+        for i in range(2):
+            sheet.paste(_high(out / "people" / f"p{i}.png", edge), (i * edge, y * edge))
+        for x, look in enumerate(PROMPTS, 1):
+            for r in chosen:
+                if (r["carrier"], r["look"]) == (name, look) and not ("right" in r and r["person"]):
+                    sheet.paste(_high(out / r["file"], edge), ((2 * x + r["person"]) * edge, y * edge))
+            if not y:
+                draw.text((2 * x * edge + 3, 2), look, fill="white")
+        draw.text((3, y * edge + 2), name, fill="black")
     return sheet
+
+
+def _high(path: Path, edge: int) -> Image.Image:
+    picture = Image.open(path).convert("RGB")
+    return picture.resize((picture.width * edge // picture.height, edge), Image.Resampling.BICUBIC)
 
 
 def report(settings: Settings, rows: Sequence[dict[str, Any]], exam: Any, seeds: Sequence[int], out: Path) -> dict:
