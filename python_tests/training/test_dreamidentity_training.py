@@ -112,7 +112,7 @@ def naive_loss(task, batch, step):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_loss_and_its_gradient_are_those_of_each_sample_alone(files, pool, tmp_path, kind):  # noqa: F811
-    base, config = base_of(kind), config_of(files, pool)
+    base, config = base_of(kind), config_of(files, pool, "loss.penalty=0.01")
     task = DreamIdentityTask(new_system(config, base), config, base)
     source, _ = open_data("drawn", files / "pairs", tmp_path, config, task.module.config, print)
     batch, step = next(source.micro_batches(1, 3, 0, 1, 4, 1)), Step(3, 1, 2)
