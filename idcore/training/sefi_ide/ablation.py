@@ -45,6 +45,7 @@ CHANGES = (
 )  # fmt: skip
 VARIANTS = {
     "five stages, lambda 0.003": (),
+    "lambda 0.0001": ("loss.attention=0.0001",),
     "without attention loss": ("loss.attention=0",),
     "one stage": ("words.stages=1",),
 }
@@ -53,7 +54,7 @@ COLUMNS = {
     "adherence": "asked attributes", "background": "background", "style": "style", "expression": "expression",
     "pose": "pose", "attention": "attention's distance", "seconds": "CPU seconds",
 }  # fmt: skip
-PEOPLE = 2  # learned for each seed
+PEOPLE = 1  # learned for each seed
 TIMES = (50, 150, 300, 500, 700, 850, 950)  # timesteps at which the attention's distance is taken
 TILE = 96
 
