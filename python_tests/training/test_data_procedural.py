@@ -1,6 +1,7 @@
 """The folder of drawn people: the same for the same seed, whole after an interruption, and faces in it."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from idcore.encoders.analyzer import default_analyzer
 from idcore.errors import IdcoreError, InputError
+from idcore.training.bases.opening import face_points
 from idcore.training.data.procedural import draw, procedural_folder
 
 
@@ -29,9 +31,17 @@ def test_most_faces_are_found():
     assert found >= 16
 
 
+def test_without_zoom_faces_stand_where_the_shipped_models_draw_them():
+    found = [default_analyzer().detect(draw(seed, zoom=0)[0]) for seed in range(20, 32)]
+    points = np.median([f[0].points for f in found if f], 0)
+    assert np.abs(points - face_points(SimpleNamespace(faces_in_one_place=True), 128)).max() < 4
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="at least 1 person, 96 pixels and 1 worker, got 4, 64 and 1"):
         procedural_folder(tmp_path, 4, size=64)
+    with pytest.raises(InputError, match=r"zoom must be 0 to 1 .*, got 1.5"):
+        procedural_folder(tmp_path, 4, zoom=1.5)
     (tmp_path / "file").write_text("")
     with pytest.raises(IdcoreError, match="cannot write .*file.*: .*; free some space"):
         procedural_folder(tmp_path / "file" / "sub", 1, progress=False)

@@ -13,7 +13,6 @@ from ...errors import InputError, WeightsError
 from .latent import LatentBase
 
 TINY_SD = "tiny-sd"
-DRAWN = ("tiny", TINY_SD)  # shipped models that draw people as the project's renderer does
 _WANTED = (
     '"tiny-sd" (the embedded model of drawn people), or a folder or cached hub id with a Stable Diffusion 1.x, '
     "2.x or SDXL pipeline in diffusers' layout"

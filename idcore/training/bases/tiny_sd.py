@@ -17,6 +17,7 @@ class TinySDBase(SD15Base):
 
     kind = "tiny-sd"
     faces_in_one_place = True
+    faces_in_one_place = True
 
     @classmethod
     def from_package(cls) -> TinySDBase:

@@ -23,13 +23,16 @@ from ..tiny.styles import stylise
 FIRST_PERSON = 8_000_000  # the embedded model's own people, its gate's and its tests' lie below
 # Mostly like photographs: what is learned of a person should come from how that person looks (our choice).
 STYLES = {"photo": 0.7, "pencil": 0.06, "oil": 0.06, "cartoon": 0.06, "sepia": 0.06, "night": 0.06}
+ZOOM = 0.12
 
 
-def draw(seed: int, size: int = 128, styles: Mapping[str, float] = STYLES) -> tuple[Image.Image, str]:
+def draw(
+    seed: int, size: int = 128, styles: Mapping[str, float] = STYLES, zoom: float = ZOOM
+) -> tuple[Image.Image, str]:
     """One person, seen once: picture and caption. The seed decides everything."""
     rng = np.random.default_rng(FIRST_PERSON + seed)
     person, view = sample_person(rng), sample_view(rng)
-    large = int(size * rng.uniform(1.0, 1.12))
+    large = int(size * rng.uniform(1.0, 1.0 + zoom))
     x, y = (int(rng.integers(large - size + 1)) for _ in range(2))
     drawn = render(person, view, large)[y : y + size, x : x + size].astype(np.float32) / 255
     share = np.array(list(styles.values()), np.float64)
@@ -48,8 +51,8 @@ def draw(seed: int, size: int = 128, styles: Mapping[str, float] = STYLES) -> tu
     return Image.fromarray((pixels.clip(0, 1) * 255 + 0.5).astype(np.uint8)), caption
 
 
-def _write(folder: str, index: int, seed: int, size: int, styles: Mapping[str, float]) -> None:
-    picture, caption = draw(seed, size, styles)
+def _write(folder: str, index: int, seed: int, size: int, styles: Mapping[str, float], zoom: float) -> None:
+    picture, caption = draw(seed, size, styles, zoom)
     data = io.BytesIO()
     picture.save(data, format="PNG", compress_level=1)
     name = Path(folder) / f"{index:06d}"
@@ -67,6 +70,7 @@ def procedural_folder(
     *,
     size: int = 128,
     styles: Mapping[str, float] = STYLES,
+    zoom: float = ZOOM,
     workers: int = 1,
     progress: bool = True,
 ) -> Path:
@@ -78,6 +82,7 @@ def procedural_folder(
         seed: another seed draws other people.
         size: edge in pixels; from 96 on the embedded detector finds the faces.
         styles: shares of the styles of `idcore.training.tiny.styles`.
+        zoom: pictures are drawn up to this share larger, and cut; 0: all in the frame of the shipped models' pictures.
         workers: processes.
 
     Raises:
@@ -89,9 +94,11 @@ def procedural_folder(
         raise InputError(
             f"procedural data: wanted at least 1 person, 96 pixels and 1 worker, got {people}, {size} and {workers}"
         )
+    if not 0 <= zoom <= 1:
+        raise InputError(f"procedural data: zoom must be 0 to 1 (share by which pictures are enlarged), got {zoom!r}")
     out = Path(out)
     missing = [i for i in range(people) if not (out / f"{i:06d}.png").exists()]
-    jobs = [(str(out), i, seed * 1_000_000 + i, size, dict(styles)) for i in missing]
+    jobs = [(str(out), i, seed * 1_000_000 + i, size, dict(styles), zoom) for i in missing]
     bar = tqdm(total=len(jobs), desc="drawing people", unit="picture", disable=not progress or not jobs)
     try:
         out.mkdir(parents=True, exist_ok=True)

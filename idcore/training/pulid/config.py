@@ -246,7 +246,15 @@ TINY: dict[str, Any] = {
 TINY_SD: dict[str, Any] = {
     **TINY,
     "model": {"base": "tiny-sd", "dtype": "float32", "resolution": 64},
-    "encoder": {"width": 256, "output_dim": 128, "init": "zero"},
+    "encoder": {"width": 256, "output_dim": 128, "init": "base"},
+    "loss": {**TINY["loss"], "identity_prompt": "a portrait of a person"},
+    "loop": {
+        "batch": 16, "lr": 2e-3, "ema": 0.95, "warmup": 20, "schedule": "linear", "decay": 0.4, "lr_end": 0.1,
+        "save_every": 100, "validate_every": 100,
+    },
+    "stage1": {"steps": 600},
+    "stage2": {"steps": 100, "lr": 1e-3, "batch": 8},
+    "stage3": {"steps": 100, "lr": 1e-3, "batch": 8},
 }  # fmt: skip
 SHIPPED = {"tiny": TINY, "tiny-sd": TINY_SD}
 

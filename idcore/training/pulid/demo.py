@@ -1,42 +1,46 @@
-"""`make train-demo`: PuLID's three stages on the embedded model, from drawn people to a result, in minutes on a CPU.
+"""`make train-demo`: PuLID's three stages on tiny-sd, from drawn people to a result, in minutes on a CPU.
 
     python -m idcore.training.pulid.demo --out train_demo_out
 
 Draws people, prepares them as `idcore prepare` does, trains stage after stage as `idcore train pulid` does, measures on
-people whom the training never saw, and shows them in one picture. Resumable: the same command goes on.
+people whom no training saw, and shows them before and after each stage. Resumable: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
-
-from ...encoders.analyzer import EmbeddedAnalyzer
 from ...env import command_line, machine
-from ...errors import InputError, told
+from ...errors import told
 from ...workflows import save_picture, writable_folder, write_text
 from ..card import draw_curves, read_lines
+from ..data.opening import prepared_folder
 from ..data.procedural import procedural_folder
 from .command import run_command
+from .config import load_config
+from .data import face_setup
+from .exam import GALLERY, Exam, paste, side_by_side
 
-UNSEEN = 4
-PICTURES = 240
+BASE = "tiny-sd"
+PICTURES = 800
 # Our choice: what shows each stage's effect in the time.
 CHANGES = (
-    "stage1.steps=200", "stage2.steps=120", "stage3.steps=140", "loop.ema=0.95", "loop.validate_every=60",
-    "loop.save_every=60", "loop.keep=1",
+    "stage1.steps=600", "stage2.steps=100", "stage3.steps=80", "loop.validate_every=0", "loop.save_every=100",
+    "loop.keep=1",
 )  # fmt: skip
-LINE = 14
+STAGES = (1, 2, 3)
 
 
-def run_demo(out: Path, changes: Sequence[str] = (), pictures: int = PICTURES, say: Any = print) -> dict[str, Any]:
+def run_demo(
+    out: Path, changes: Sequence[str] = (), pictures: int = PICTURES, base: str = BASE, say: Any = print
+) -> dict[str, Any]:
     """Train, measure, draw. Returns what OUT/demo.json holds.
 
     Raises:
@@ -44,20 +48,19 @@ def run_demo(out: Path, changes: Sequence[str] = (), pictures: int = PICTURES, s
     """
     start, cpu = time.perf_counter(), time.process_time()
     writable_folder(out)
-    people = unseen_people(out / "unseen", UNSEEN)
-    data = procedural_folder(out / "people", pictures)
-    going_on = any(out.glob("run/stage*"))
+    changes = [*CHANGES, *changes]
+    workers = min(4, os.cpu_count() or 1, 1 + pictures // 100)  # a process takes seconds to start
+    data = procedural_folder(out / "people", pictures, zoom=0, workers=workers)
+    config = load_config(None, changes, base)
+    prepared = prepared_folder(data, out, config.prepare, face_setup(config), say, workers)
     run_command(
-        out=out / "run", data=data, config=None, stage="all", base="tiny", resume=going_on,
-        changes=[f"validation.people={people}", *CHANGES, *changes], allow_change=[], print_config=False, say=say,
+        out=out / "run", data=prepared, config=None, stage="all", base=base, resume=any(out.glob("run/stage*")),
+        changes=changes, allow_change=[], print_config=False, say=say,
     )  # fmt: skip
-    stages = {f"stage {n}": out / "run" / f"stage{n}" for n in (1, 2, 3)}
-    records = {n: (read_lines(at / "losses.jsonl"), read_lines(at / "measures.jsonl")) for n, at in stages.items()}
-    figures = {name: measures[-1]["measures"] for name, (_, measures) in records.items() if measures}
-    if set(figures) != set(stages):
-        raise InputError("train-demo: loop.validate_every must not be 0, there is nothing to show without measures")
-    curves = draw_curves(records, out / "curves.png", "PuLID on the embedded model: stages 1, 2, 3")
-    shown = save_picture(_before_and_after(stages), out / "stages.png")
+    figures, sheets = _measured(out, Exam(config))
+    shown = save_picture(side_by_side(sheets), out / "stages.png")
+    runs = {f"stage {n}": (read_lines(out / "run" / f"stage{n}" / "losses.jsonl"), []) for n in STAGES}
+    curves = draw_curves(runs, out / "curves.png", f"PuLID on {base}: stages 1, 2, 3")
     result = {
         "command": command_line(), "machine": machine(), "stages": figures, "pictures": [str(shown), str(curves)],
         "seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
@@ -66,50 +69,33 @@ def run_demo(out: Path, changes: Sequence[str] = (), pictures: int = PICTURES, s
     return result
 
 
-def unseen_people(folder: Path, count: int) -> Path:
-    """Drawn people of the gate, whom no training draws, as PNG files; those whose face the detector finds."""
-    from ...metrics.gate import FIRST_SEED, gate_person
-
-    folder.mkdir(parents=True, exist_ok=True)
-    analyzer, seed = EmbeddedAnalyzer(), FIRST_SEED
-    while len(list(folder.glob("*.png"))) < count:
-        picture = gate_person(seed)
-        if analyzer.detect(picture):
-            save_picture(picture, folder / f"{seed}.png")
-        seed += 1
-    return folder
-
-
-def _before_and_after(stages: dict[str, Path]) -> Image.Image:
-    """The last validation sheets of all stages, one below the other, with their names."""
-    sheets = {}
-    for name, at in stages.items():
-        found = sorted((at / "validation").glob("step-*/people.png"))
-        if found:
-            sheets[name] = Image.open(found[-1]).convert("RGB")
-    width = max(s.width for s in sheets.values())
-    whole = Image.new("RGB", (width, sum(s.height + LINE for s in sheets.values())), "white")
-    pen, y = ImageDraw.Draw(whole), 0
-    for name, sheet in sheets.items():
-        pen.text((2, y + 1), f"after {name}: photo, then without and with identity", fill="black")
-        whole.paste(sheet, (0, y + LINE))
-        y += sheet.height + LINE
-    return whole
+def _measured(out: Path, exam: Exam) -> tuple[dict[str, dict[str, float]], dict[str, Path]]:
+    """Figures and sheets of pictures of unseen people: without identity, and after each stage."""
+    folder = out / "unseen"
+    folder.mkdir(exist_ok=True)
+    photos = folder / "photos.png"
+    paste([[p] for p in exam.photos()]).save(photos)
+    figures, sheets = {}, {"photo": photos}
+    weights: dict[str, Path | None] = {"no identity": None}
+    weights |= {f"stage {n}": out / "run" / f"stage{n}" / "model" / "pulid.safetensors" for n in STAGES}
+    for name, file in weights.items():
+        sheets[name] = folder / f"{name.replace(' ', '-')}.png"
+        figures[name] = exam(file, sheets[name])
+    return figures, sheets
 
 
 def words(result: dict[str, Any]) -> str:
     """The figures in plain words."""
     lines = []
     for name, m in result["stages"].items():
+        told_more = f", alignment semantic {m['semantic']:.4f}, layout {m['layout']:.4f}" if "semantic" in m else ""
         lines.append(
-            f"{name}: identity distance {m.get('face/distance', float('nan')):.3f} (without identity "
-            f"{m.get('face/distance_without', float('nan')):.3f}), face found {m['face/found']:.0%}, alignment "
-            f"semantic {m['semantic']:.5f}, layout {m['layout']:.5f}, change outside the face "
-            f"{m['change_outside_face']:.3f}"
+            f"{name}: identity distance {m['distance']:.3f}, right person of {GALLERY} {m['rank1']:.0%}, face found "
+            f"{m['found']:.0%}, prompt followed {m['adherence']:.0%}{told_more}"
         )
     lines.append(
-        "Measured on drawn people whom the training never saw, by the recogniser that also trains: no independent "
-        "proof of likeness."
+        "Measured on drawn people whom no training saw, by the recogniser that also trains: no independent proof of "
+        "likeness."
     )
     lines.append(f"Pictures: {' '.join(result['pictures'])}   {result['seconds']} s ({result['cpu_seconds']} s of CPU)")
     return "\n".join(lines)
@@ -122,10 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], dest="changes", help="a setting, as of idcore train pulid"
     )
+    parser.add_argument("--base", default=BASE, help="the model that PuLID is trained on")
     options = parser.parse_args(argv)
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     def run() -> None:
-        print(words(run_demo(options.out, options.changes, say=lambda text: print(text, file=sys.stderr, flush=True))))
+        print(words(run_demo(options.out, options.changes, base=options.base, say=say)))
 
     return told(run)
 
