@@ -45,7 +45,6 @@ def trained(tuned):
         ("sd", "all", True, "kohya"),
         ("sd", "all", True, "peft"),
         ("sdxl", "all", True, "kohya"),
-        ("sdxl", "attention", True, "diffusers"),
     ],
 )
 def test_a_lora_that_trained_here_draws_the_same_when_loaded(kind, layers, text_encoder, layout, tmp_path):
