@@ -374,7 +374,7 @@ def test_another_detectors_landmarks_on_the_same_face_align_the_chip():
     seen = []
     for marks in (None, Landmarks(other, ((12, 8, 118, 124), moved))):
         p = pipeline(faces=(BIG,), parsing=FakeParser(), landmarks=marks)
-        p.align = lambda image, points, p=p: seen.append(points) or PuLIDPreprocess.align(p, image, points)
+        p._matrix = lambda points, p=p: seen.append(points) or PuLIDPreprocess._matrix(p, points)
         features = p(photo())
         assert features.meta["landmarks"] == (None if marks is None else "sha256:marks")
     assert np.allclose(seen[0], BIG[1]) and np.allclose(seen[1], moved)

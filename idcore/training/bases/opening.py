@@ -77,6 +77,23 @@ def face_points(base: Any, edge: int) -> np.ndarray | None:
     return template("dlib", edge, WIDE_PADDING) - 0.5
 
 
+def analyzer_for(faces: str, base: Any) -> Any:
+    """Who finds faces in what a base draws: `faces` as `encoders.analyzer.analyzer_from` takes it; the embedded
+    detector finds the drawn people of the shipped models at a lower score. `base`: the base, or its name."""
+    from ...encoders.analyzer import EmbeddedAnalyzer, analyzer_from
+    from ...metrics.gate import MIN_SCORE
+
+    drawn = _draws_people(base) if isinstance(base, str) else getattr(base, "faces_in_one_place", False)
+    return EmbeddedAnalyzer(min_score=MIN_SCORE) if drawn and faces == "embedded" else analyzer_from(faces)
+
+
+def _draws_people(name: str) -> bool:
+    folder = Path(name)
+    return name in ("tiny", TINY_SD) or (
+        (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    )
+
+
 def is_tiny_sd(folder: Path) -> bool:
     """A result of `idcore train tiny-sd` (that of `idcore train tiny` has the same files)."""
     try:

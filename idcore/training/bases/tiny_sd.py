@@ -17,7 +17,6 @@ class TinySDBase(SD15Base):
 
     kind = "tiny-sd"
     faces_in_one_place = True
-    faces_in_one_place = True
 
     @classmethod
     def from_package(cls) -> TinySDBase:

@@ -19,8 +19,7 @@ from ...text.reader import text_parts
 from ...weights import read_safetensors
 from ...workflows import writable_folder
 from ..bases.latent import LatentBase
-from ..bases.opening import DRAWN as DRAWN_BASES
-from ..bases.opening import open_text_base
+from ..bases.opening import analyzer_for, open_text_base
 from ..commands import TrainArguments, run_training, silent
 from ..face_vit.run import load_vit
 from ..loop import RESULT, train
@@ -138,12 +137,7 @@ def names_of(given: str) -> tuple[str, ...]:
 
 def analyzer_of(config: DreamIdentityTrainConfig) -> Any:
     """Who looks at photos and at what is drawn."""
-    from ...encoders.analyzer import EmbeddedAnalyzer, analyzer_from
-    from ...metrics.gate import MIN_SCORE
-
-    if config.people.analyzer == "embedded" and config.model.base in DRAWN_BASES:
-        return EmbeddedAnalyzer(min_score=MIN_SCORE)
-    return analyzer_from(config.people.analyzer)
+    return analyzer_for(config.people.analyzer, config.model.base)
 
 
 def run_command(

@@ -15,7 +15,7 @@ from ...errors import InputError, WeightsError
 from ...results import is_result, read_result
 from ...systems.pulid import PuLID, PuLIDConfig
 from ...workflows import writable_folder
-from ..bases.opening import face_points, open_base
+from ..bases.opening import analyzer_for, face_points, open_base
 from ..contract import Base, Batch, Source
 from ..loop import train
 from ..losses.faces import DetectedFace, FixedFace, Recogniser
@@ -177,13 +177,7 @@ class Models:
         return DetectedFace(self.analyzer()) if points is None else FixedFace(points)
 
     def analyzer(self) -> Any:
-        from ...encoders.analyzer import EmbeddedAnalyzer, analyzer_from
-        from ...metrics.gate import MIN_SCORE
-
-        drawn = face_points(self.base, self.config.model.resolution) is not None
-        if self.config.face.analyzer == "embedded" and drawn:
-            return EmbeddedAnalyzer(min_score=MIN_SCORE)  # drawn faces
-        return analyzer_from(self.config.face.analyzer)
+        return analyzer_for(self.config.face.analyzer, self.base)
 
     def judges(self) -> list[Judge]:
         from ...encoders.analyzer import analyzer_from

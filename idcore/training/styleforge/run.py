@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...results import is_result
 from ...workflows import writable_folder
 from ..bases.latent import LatentBase
-from ..bases.opening import open_text_base
+from ..bases.opening import analyzer_for, open_text_base
 from ..commands import silent
 from ..data.few import FewPictures, Group, Pictures
 from ..data.style_ref import check_style_ref
@@ -172,12 +172,7 @@ def split_style_ref(config: StyleForgeConfig, data: StyleData, say: Callable[[st
 
 def face_finder(config: StyleForgeConfig) -> Any:
     """Who looks for faces; drawn ones are found at a lower score."""
-    from ...encoders.analyzer import EmbeddedAnalyzer, analyzer_from
-    from ...metrics.gate import MIN_SCORE
-
-    if config.pictures.faces == "embedded" and config.model.base == "tiny-sd":
-        return EmbeddedAnalyzer(min_score=MIN_SCORE)
-    return analyzer_from(config.pictures.faces)
+    return analyzer_for(config.pictures.faces, config.model.base)
 
 
 def _on_disk(pictures: Pictures) -> bool:
