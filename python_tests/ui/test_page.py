@@ -101,12 +101,16 @@ def test_the_command_serves_until_interrupted_and_names_a_port_that_is_taken(ser
     import httpx
 
     run = [sys.executable, "-m", "idcore.cli", "ui"]
-    process = subprocess.Popen(run, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        run, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        # a shell's background jobs ignore SIGINT, and so would this child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         line = next(line for line in process.stderr if line.startswith("idcore ui: "))
         assert httpx.get(line.split()[2]).status_code == 200
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=20)
     finally:
         process.kill()
         process.wait()
