@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ...errors import WeightsError
 from ...sampling.tiny_model import TinyConfig
-from .. import checkpoint, state
 from ..config import LoopConfig, setting
-from ..loop import CHECKPOINTS, RESULT, train
-from ..processes import spawn
+from ..loop import train
 from .data import TinyData
-from .pool import make_pool
+from .running import run_on_people, start_from, use_threads
 from .task import TinySource, TinyTask
 
 
@@ -54,29 +48,15 @@ def train_tiny(config: TrainConfig, out: str | Path, resume: bool = False, allow
     On a shared CPU several single-threaded processes beat one with as many threads: there is one meeting point per
     step in place of one per operator.
     """
-    out = Path(out)
-    if not resume:
-        checkpoint.require_none(out / CHECKPOINTS)  # before people are drawn
-    pool = Path(config.pool) if config.pool else out / "pool"
-    if config.shards:
-        make_pool(pool, config.shards, workers=config.workers)
-    if config.workers == 1:
-        return _work(config, out, pool, resume, allow_change)
-    spawn(_work, config.workers, config, out, pool, resume, allow_change)
-    done = checkpoint.newest(out / CHECKPOINTS)
-    return out / RESULT if done.step == config.loop.steps else done.folder
+    return run_on_people(_work, config, out, resume, allow_change)
 
 
 def _work(config: TrainConfig, out: Path, pool: Path, resume: bool, allow_change: Sequence[str]) -> Path:
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or accelerate sets another number of threads
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     data = TinyData(pool, config.loop.seed, config.textures)
     task = TinyTask(config)
     if config.init and not resume:
-        found = checkpoint.newest(Path(config.init) / CHECKPOINTS)
-        if found is None:
-            raise WeightsError(f"no checkpoint in {config.init} to start from; wanted the folder of a training")
-        state.load_module(task.module, found.tensors("average"), f"checkpoint {found.folder}")
+        start_from(task.module, config.init)
     elif not resume:
         task.fit_feature_scale(data)
     source = TinySource(data, config.loop.batch)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ...errors import WeightsError
 from ...sampling.tiny_sd import TinySDConfig
 from ...workflows import writable_folder
-from .. import checkpoint, state
 from ..commands import TrainArguments, run_training
 from ..config import LoopConfig, load, setting
-from ..loop import CHECKPOINTS, RESULT, train
-from ..processes import spawn
-from ..tiny.pool import make_pool
+from ..loop import train
+from ..tiny.running import run_on_people, start_from, use_threads
 from .data import PeopleData, PeopleSource
 from .task import RecogniserPhase, TinySDTask
 
@@ -49,30 +43,16 @@ def train_tiny_sd(
     config: TinySDTrainConfig, out: str | Path, resume: bool = False, allow_change: Sequence[str] = ()
 ) -> Path:
     """Train, or go on from the newest checkpoint in `out`; see `loop.train` for what is returned and raised."""
-    out = Path(out)
-    if not resume:
-        checkpoint.require_none(out / CHECKPOINTS)  # before people are drawn
-    pool = Path(config.pool) if config.pool else out / "pool"
-    if config.shards:
-        make_pool(pool, config.shards, workers=config.workers)
-    if config.workers == 1:
-        return _work(config, out, pool, resume, allow_change)
-    spawn(_work, config.workers, config, out, pool, resume, allow_change)
-    done = checkpoint.newest(out / CHECKPOINTS)
-    return out / RESULT if done.step == config.loop.steps else done.folder
+    return run_on_people(_work, config, out, resume, allow_change)
 
 
 def _work(config: TinySDTrainConfig, out: Path, pool: Path, resume: bool, allow_change: Sequence[str]) -> Path:
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or accelerate sets another number of threads
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     model = config.model or TinySDConfig()
     data = PeopleData(pool, config.loop.seed, model.width)
     task = TinySDTask(model, config.loop.seed, config.drop_text, config.late)
     if config.init and not resume:
-        found = checkpoint.newest(Path(config.init) / CHECKPOINTS)
-        if found is None:
-            raise WeightsError(f"no checkpoint in {config.init} to start from; wanted the folder of a training")
-        state.load_module(task.module, found.tensors("average"), f"checkpoint {found.folder}")
+        start_from(task.module, config.init)
     source = PeopleSource(data, config.loop.batch)
     return train(task, source, config.loop, out, resume=resume, settings=config, allow_change=allow_change)
 
