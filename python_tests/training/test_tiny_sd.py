@@ -96,6 +96,15 @@ def test_a_batch_says_what_it_shows(pool):
     assert any(ONE in p for p in prompts) and any(ONE not in p for p in prompts)
 
 
+def test_styles_can_be_left_out_of_pictures_and_words(pool):
+    plans = PeopleData(pool, without=("pencil", "oil", "cartoon"))
+    prompts = " ".join(p for step in range(8) for p in plans.batch(step, 32)[0])
+    assert not any(word in prompts for word in ("pencil", "sketch", "oil", "painting", "cartoon", "comic"))
+    assert "night" in prompts and "sepia" in prompts
+    with pytest.raises(InputError, match="some, not all, of photo, pencil, oil, cartoon, sepia, night; got crayon"):
+        PeopleData(pool, without=("crayon",))
+
+
 def test_the_source_is_for_one_size_of_batch(pool):
     source = PeopleSource(PeopleData(pool), 2)
     a = list(source.micro_batches(3, 0, 0, 1, 2, 2))

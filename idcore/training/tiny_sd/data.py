@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,29 @@ class Shares:
     spread: float = 0.7  # of the two words of a person, on both sides of their mean
 
 
-class PeopleData:
-    """`batch(step, size)` is a pure function of (seed, step, pool)."""
+def style_shares(without: Sequence[str]) -> np.ndarray:
+    """How often each of `STYLES` is drawn, float64 [6], 0 for those in `without`."""
+    if set(without) - set(STYLES) or set(without) == set(STYLES):
+        raise InputError(f"styles to leave out: some, not all, of {', '.join(STYLES)}; got {', '.join(without)}")
+    kept = np.array([0.0 if s in without else share for s, share in zip(STYLES, STYLE_SHARE, strict=True)])
+    return kept / kept.sum()
 
-    def __init__(self, pool_folder: Path, seed: int = 0, width: int = 128, shares: Shares | None = None) -> None:
-        self.seed, self.shares = seed, shares or Shares()
+
+class PeopleData:
+    """`batch(step, size)` is a pure function of (seed, step, pool).
+
+    Args:
+        without: styles that are neither shown nor named; the others take their share.
+
+    Raises:
+        InputError: `without` names no style, or all of them.
+    """
+
+    def __init__(
+        self, pool_folder: Path, seed: int = 0, width: int = 128, shares: Shares | None = None,
+        without: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.seed, self.shares, self.style_share = seed, shares or Shares(), style_shares(without)
         self.pictures, self.labels = _small(Pool(pool_folder))
         people = [sample_person(np.random.default_rng(TRAIN_SEED + i)) for i in range(len(self.pictures))]
         self.codes = codes(people, width)
@@ -67,7 +85,7 @@ class PeopleData:
 
     def _plan(self, rng: np.random.Generator, labels: np.ndarray) -> dict[str, Any]:
         s = self.shares
-        style = STYLES[rng.choice(len(STYLES), p=STYLE_SHARE)]
+        style = STYLES[rng.choice(len(STYLES), p=self.style_share)]
         background = COLOURS[int(rng.integers(len(COLOURS)))] if rng.random() < s.background else None
         plan: dict[str, Any] = {"style": style, "background": background, "empty": rng.random() < s.nobody, "two": 0.0}
         if plan["empty"]:

@@ -35,6 +35,7 @@ class TinySDTrainConfig:
     threads: int = setting(1, "CPU threads of each", low=1, free=True)
     init: str | None = setting(None, "Folder of another training whose averaged weights to start from", free=True)
     drop_text: float = setting(0.05, "Share of samples without prompt", low=0, high=1)
+    without_styles: tuple[str, ...] = setting((), "Styles that it never sees, in pictures and words")
     late: RecogniserPhase = setting(factory=RecogniserPhase, doc="The face recogniser's losses, late")
     model: TinySDConfig | None = setting(None, "Widths of the model; null: the shipped one's")
 
@@ -49,7 +50,7 @@ def train_tiny_sd(
 def _work(config: TinySDTrainConfig, out: Path, pool: Path, resume: bool, allow_change: Sequence[str]) -> Path:
     use_threads(config.threads)
     model = config.model or TinySDConfig()
-    data = PeopleData(pool, config.loop.seed, model.width)
+    data = PeopleData(pool, config.loop.seed, model.width, without=config.without_styles)
     task = TinySDTask(model, config.loop.seed, config.drop_text, config.late)
     if config.init and not resume:
         start_from(task.module, config.init)
