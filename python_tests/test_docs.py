@@ -1,11 +1,11 @@
 """What the documents name is there: pages and headings that they link to, files, commands, options, modules."""
 
+import functools
 import importlib.util
 import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
 
@@ -48,8 +48,8 @@ def broken_links(page):
 def command_lines(text):
     """Calls of `idcore` and of its modules: in indented blocks, lines joined at backslashes, and between backticks."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    blocks = re.findall(r"^    (?:\S+=\S+ )*((?:idcore|python -m idcore)[ .].*)$", joined, re.M)
-    spans = re.findall(r"`((?:idcore|python -m idcore)[ .][^`]+)`", re.sub(r"\s+", " ", joined))
+    blocks = re.findall(r"^    (?:\S+=\S+ )*((?:idcore |python -m idcore[.]).*)$", joined, re.M)
+    spans = re.findall(r"`((?:idcore |python -m idcore[.])[^`]+)`", re.sub(r"\s+", " ", joined))
     return blocks + spans
 
 
@@ -79,8 +79,8 @@ def complaint(line):
         known = set(re.findall(r"--[a-z][a-z-]*", "".join(f.read_text() for f in files)))
         known |= {f"--{n.replace('_', '-')}" for n in re.findall(r"(\w+): ", Path(spec.origin).read_text())}
     else:
-        command, rest = typer.main.get_command(cli()), words[1:]
-        while isinstance(command, click.Group) and rest:
+        command, rest = command_line(), words[1:]
+        while hasattr(command, "commands") and rest:
             names = re.split(r"[,|]", rest[0])
             if not re.fullmatch(r"[a-z-]+", names[0]):  # a placeholder such as NAME or "..."
                 return None
@@ -93,10 +93,11 @@ def complaint(line):
     return f"no option {unknown[0]}" if unknown else None
 
 
-def cli():
+@functools.cache
+def command_line():
     from idcore.cli import app
 
-    return app
+    return typer.main.get_command(app)
 
 
 def test_there_is_something_to_look_at():
@@ -121,7 +122,9 @@ def test_files_that_are_named_exist():
         for named in re.findall(
             rf"(?<![\w/.])(?:{PLACES})/[\w./-]+\.(?:py|md|h|cpp|cuh?|json|png|txt)\b", path.read_text(encoding="utf-8")
         ):
-            if not (ROOT / named).exists():
+            if (
+                not (ROOT / named).exists() and named != "kernels/__init__.py"
+            ):  # architecture.md says why it is not there
                 gone.append(f"{name_of(path)}: {named}")
     assert not gone
 

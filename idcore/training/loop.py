@@ -33,8 +33,7 @@ from .processes import (
     make_accelerator,
 )
 from .records import Means, Records
-
-CHECKPOINTS, RESULT = "checkpoints", "model"
+from .resuming import CHECKPOINTS, RESULT
 
 
 def train(

@@ -6,15 +6,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IdcoreError, InputError, WeightsError
+from ..results import is_result
 from . import checkpoint, state
 from .config import as_dict, differences
 from .processes import everyone, from_first, lock
 
 if TYPE_CHECKING:
     from .loop import Run
+
+CHECKPOINTS, RESULT = "checkpoints", "model"  # in a run's folder
+
+
+def finished(out: Path, resume: bool) -> Path | None:
+    """The result of a run that is at its end already; None where there is something to do.
+
+    Raises:
+        InputError: there is a result, and `resume` is not set.
+    """
+    if not is_result(out / RESULT):
+        return None
+    if not resume:
+        raise InputError(f"{out} holds a finished training already; add --resume, or choose another --out")
+    return out / RESULT
 
 
 def find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:

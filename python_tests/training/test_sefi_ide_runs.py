@@ -19,9 +19,11 @@ from idcore.testing.tiny_models import tiny_pipeline
 from idcore.training.bases.sd15 import SD15Base
 from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.contract import Step
+from idcore.training.data.few import FewPictures
+from idcore.training.personal.run import native_edge, photos
 from idcore.training.sefi_ide.config import PersonSettings, load_config
 from idcore.training.sefi_ide.counted import counted_tokens
-from idcore.training.sefi_ide.run import native_edge, photos, train_sefi_ide
+from idcore.training.sefi_ide.run import train_sefi_ide
 from idcore.training.sefi_ide.task import SeFiTask
 
 BASES = {"sd": SD15Base, "sdxl": SDXLBase}
@@ -48,7 +50,7 @@ def config_of(*more):
 
 def task_of(*more, kind="sd"):
     config, base = config_of(*more), base_of(kind)
-    source = photos(config, native_edge(base), [photo()])
+    source = FewPictures([photos(config, [photo()], "sefi-ide")], native_edge(base))
     return SeFiTask(config, base), next(iter(source.micro_batches(0, 0, 0, 1, 2, 1)))
 
 

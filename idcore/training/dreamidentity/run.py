@@ -12,7 +12,6 @@ import torch
 from ... import prompts
 from ...encoders.face_vit import FaceViT
 from ...errors import InputError, WeightsError
-from ...results import is_result
 from ...systems.dreamidentity import DreamIdentity, DreamIdentityConfig
 from ...text.names import name_statistics
 from ...text.reader import text_parts
@@ -22,9 +21,10 @@ from ..bases.latent import LatentBase
 from ..bases.opening import analyzer_for, open_text_base
 from ..commands import TrainArguments, run_training, silent
 from ..face_vit.run import load_vit
-from ..loop import RESULT, train
+from ..loop import train
 from ..processes import device_of, rank_and_world
 from ..pulid.validation import Judge
+from ..resuming import finished
 from .config import EMBEDDED, TINY_SD, DreamIdentityTrainConfig, load_config
 from .data import guests_of, open_data
 from .task import DreamIdentityTask
@@ -63,10 +63,9 @@ def train_dreamidentity(
         InputError, WeightsError, TrainingStopped: see `loop.train`.
     """
     out = writable_folder(Path(out))
-    if is_result(out / RESULT):
-        if not resume:
-            raise InputError(f"{out} holds a finished training already; add --resume, or choose another --out")
-        return out / RESULT
+    done = finished(out, resume)
+    if done is not None:
+        return done
     if config.loop.compile:
         raise InputError(
             "settings: loop.compile: DreamIdentity's training puts words into the text encoders; set false"

@@ -18,7 +18,6 @@ from ...errors import InputError
 from ...text.placeholders import check_placeholder, mentions
 from ..commands import load_settings
 from ..config import LoopConfig
-from ..sefi_ide.config import ValidationSettings
 from ..settings import setting
 from ..tuning import TuneSettings
 
@@ -43,6 +42,24 @@ class LossSettings:
 
     diffusion_norm: Literal["mse", "norm"] = setting("mse", "Mean square, or the Euclidean norm")
     min_snr: float | None = setting(None, "Gamma of min-SNR weighting; null: none", above=0)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Pictures of the same prompts and seeds, every `loop.validate_every` steps."""
+
+    prompts: tuple[str, ...] = setting(
+        ("a photo of {person}", "a photo of {person} in the snow", "a photo of {person} smiling"),
+        "With {person} for the placeholder: a name of a prompt set, or texts", free=True,
+    )  # fmt: skip
+    seeds: tuple[int, ...] = setting((0,), "Pictures of each prompt", low=0, free=True)
+    steps: int = setting(30, "Of the pipeline's own sampler", low=1, free=True)
+    guidance: float = setting(7.5, "Classifier-free guidance; 1: none", low=1, free=True)
+    faces: str | None = setting(
+        "embedded", 'Recogniser that compares with the photos: "embedded", a folder in the layout of antelopev2, or '
+        "null", free=True,
+    )  # fmt: skip
+    min_score: float = setting(0.9, "Of the embedded detector", low=0, high=1, free=True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,11 @@ class PriorSettings:
     guidance: float = setting(7.5, "Classifier-free guidance; 1: none", low=1)
 
 
-class _PersonTraining:
-    """What both have in common."""
+class OfOnePerson:
+    """What the settings of all trainings of one person have in common: prompts that name the person.
+
+    A subclass is a dataclass with `model`, `person` (with `class_word`, `placeholder`), `loss` and `validation`.
+    """
 
     def check(self) -> None:
         """Raise InputError for values that do not go together."""
@@ -115,10 +135,14 @@ class _PersonTraining:
                 )
 
     def texts(self, given: Sequence[str]) -> tuple[str, ...]:
-        """Prompts with {person} filled in; the name of a set alone stands for its prompts."""
-        who = self.person.placeholder
-        named = len(given) == 1 and (given[0] in prompts.names() or given[0].endswith((".json", ".txt")))
-        return tuple(text.replace("{person}", who) for text in (prompts.load(given[0]) if named else given))
+        """Prompts that name the person: texts with {person} filled in, or those of the one set that is named."""
+        placeholder = self.person.placeholder
+        if len(given) == 1 and (given[0] in prompts.names() or given[0].endswith((".json", ".txt"))):
+            try:
+                given = prompts.load(given[0], person=placeholder)
+            except InputError:  # a set without that placeholder, or none at all
+                given = prompts.load(given[0])
+        return tuple(text.replace("{person}", placeholder) for text in given)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +150,7 @@ class _PersonTraining:
 
 
 @dataclass(frozen=True)
-class InversionConfig(_PersonTraining):
+class InversionConfig(OfOnePerson):
     """All settings of `idcore train textual-inversion`."""
 
     model: ModelSettings = setting(factory=ModelSettings, doc="Base model, frozen")
@@ -142,7 +166,7 @@ class InversionConfig(_PersonTraining):
 
 
 @dataclass(frozen=True)
-class BoothConfig(_PersonTraining):
+class BoothConfig(OfOnePerson):
     """All settings of `idcore train dreambooth`."""
 
     model: ModelSettings = setting(factory=ModelSettings, doc="Base model")

@@ -25,8 +25,9 @@ from ..contract import Batch, Text
 from ..data.few import Group
 from ..processes import rank_and_world
 from ..tuning import Tuned
-from .common import PersonTask, Say, run
 from .config import BoothConfig
+from .run import Say, run
+from .task import PersonTask
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 PIPELINE = "pipeline"
@@ -49,7 +50,7 @@ class BoothTask(PersonTask):
         super().__init__(config, base, self.tuned.module)
         self._on.callback(self.tuned.remove)
 
-    def text(self, batch: Batch) -> Text:
+    def text(self, batch: Batch, t: Tensor) -> Text:
         return self.tuned.text(batch.prompts, *batch.pixels.shape[-2:], batch.sizes)
 
     def terms(self, batch: Batch, distance: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def train_dreambooth(
 ) -> Path:
     """Bind a person to the identifier and the class word.
 
-    Arguments and errors as `textual_inversion.train_textual_inversion`. Whole weights change a `base` given.
+    Arguments and errors as `run.run`. Whole weights change a `base` given.
 
     Returns:
         OUT/model, with pytorch_lora_weights.safetensors, or pipeline/ where whole weights train.

@@ -20,8 +20,9 @@ from ..bases.latent import LatentBase
 from ..card import Card, write_card
 from ..commands import silent
 from ..contract import Batch, Text
-from .common import PersonTask, Say, run
 from .config import InversionConfig
+from .run import Say, run
+from .task import PersonTask
 
 WEIGHTS = "learned_embeds.safetensors"
 SPREAD = 0.1  # of the words beyond the first, in units of the class word's deviation: they must differ (our choice)
@@ -65,7 +66,7 @@ class InversionTask(PersonTask):
         start = class_word_embeddings(base.pipe, config.person.class_word)
         super().__init__(config, base, LearnedWords(start, config.person.words, config.loop.seed).to(base.device))
 
-    def text(self, batch: Batch) -> Text:
+    def text(self, batch: Batch, t: Tensor) -> Text:
         person = self.config.person
         rows = [v.to(self.base.dtype)[None] for v in self.module.vectors]
         with words_in(self.base.pipe, {person.placeholder: rows}, person.class_word):
@@ -128,23 +129,11 @@ def train_textual_inversion(
     allow_change: Sequence[str] = (),
     say: Say = silent,
 ) -> Path:
-    """Learn one person's words.
-
-    Args:
-        config: all settings; `config.load_config` has the defaults of the base.
-        out: folder of the run.
-        images: photos (paths or PIL pictures) in the place of `config.person.images`.
-        base: loaded already; must be on `processes.device_of(config.loop)`.
-        resume, allow_change: see `loop.train`.
-        say: gets lines of progress.
+    """Learn one person's words. Arguments and errors as `run.run`.
 
     Returns:
         OUT/model, with learned_embeds.safetensors; the newest checkpoint's folder where `loop.stop_at` ended the run
         early.
-
-    Raises:
-        InputError: no photos, or settings that do not fit the base; and see `loop.train`.
-        WeightsError: no such base.
     """
     return run(
         config, out, lambda found: InversionTask(config, found), command="textual-inversion", images=images, base=base,

@@ -33,10 +33,12 @@ from ...systems.sefi_ide import stage_text, staged_unet, watching
 from ...workflows import write_text
 from ..bases.latent import LatentBase
 from ..bases.opening import TINY_SD, open_text_base
+from ..data.few import FewPictures
+from ..personal.run import native_edge, photos
 from ..personal.table import EDITS, GALLERY, draw
 from ..personal.table_page import cell
 from .config import SeFiTrainConfig, load_config
-from .run import photos, train_sefi_ide
+from .run import train_sefi_ide
 
 # Our choice: what a CPU core trains in a quarter of a minute a person.
 CHANGES = (
@@ -111,7 +113,7 @@ def attention_distance(config: SeFiTrainConfig, base: LatentBase, person: Identi
     stages, meta = stages_of(person), person.meta
     widths = [int(w) for w in meta["widths"]]
     words = [w.unflatten(0, (stages, 2)) for w in person.tokens[0].split(widths, -1)]
-    source = photos(config, base.unet.config.sample_size * base.cell, [photo])
+    source = FewPictures([photos(config, [photo], "sefi-ide")], native_edge(base))
     pixels = next(iter(source.micro_batches(0, 0, 0, 1, 1, 1))).pixels
     latents = base.encode_pictures(pixels).expand(len(TIMES), -1, -1, -1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

@@ -11,29 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from ... import prompts
 from ...attention.staged import MAX_STAGES
-from ...errors import InputError
-from ...text.placeholders import check_placeholder, mentions
 from ..commands import load_settings
 from ..config import LoopConfig
+from ..personal.config import DEFAULT_BASE, OfOnePerson, ValidationSettings
+from ..personal.config import ModelSettings as PlainModelSettings
 from ..settings import setting
-
-DEFAULT_BASE = "tiny-sd"
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(PlainModelSettings):
     """The frozen model."""
 
     base: str = setting(
         DEFAULT_BASE, '"tiny-sd" (embedded, 64 pixels), or a folder with an SD 1.x, SD 2.x or SDXL pipeline',
         source="P: SD 1.4's class, and SDXL",
     )  # fmt: skip
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "Of the frozen model")
-    resolution: int | None = setting(None, "Edge of the pictures, pixels; null: what the model was made for", low=16)
 
 
 @dataclass(frozen=True)
@@ -78,24 +71,6 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
-    """Pictures of the same prompts and seeds, every `loop.validate_every` steps."""
-
-    prompts: tuple[str, ...] = setting(
-        ("a photo of {person}", "a photo of {person} in the snow", "a photo of {person} smiling"),
-        "With {person} for the placeholder: a name of a prompt set, or texts", free=True,
-    )  # fmt: skip
-    seeds: tuple[int, ...] = setting((0,), "Pictures of each prompt", low=0, free=True)
-    steps: int = setting(30, "Of the pipeline's own sampler", low=1, free=True)
-    guidance: float = setting(7.5, "Classifier-free guidance; 1: none", low=1, free=True)
-    faces: str | None = setting(
-        "embedded", 'Recogniser that compares with the photos: "embedded", a folder in the layout of antelopev2, or '
-        "null", free=True,
-    )  # fmt: skip
-    min_score: float = setting(0.9, "Of the embedded detector", low=0, high=1, free=True)
-
-
-@dataclass(frozen=True)
 class ResultSettings:
     """What is exported."""
 
@@ -103,7 +78,7 @@ class ResultSettings:
 
 
 @dataclass(frozen=True)
-class SeFiTrainConfig:
+class SeFiTrainConfig(OfOnePerson):
     """All settings of `idcore train sefi-ide`."""
 
     model: ModelSettings = setting(factory=ModelSettings, doc="Frozen model")
@@ -116,36 +91,6 @@ class SeFiTrainConfig:
         factory=lambda: LoopConfig(steps=600, batch=1, lr=1e-4, ema=0.0, save_every=100, keep=1, validate_every=0),
         doc="Training loop; steps, batch and lr are PS's",
     )
-
-    def check(self) -> None:
-        """Raise InputError for values that do not go together."""
-        check_placeholder(self.person.placeholder)
-        if not self.person.class_word.strip():
-            raise InputError("settings: person.class_word is empty; give a plain word such as person, dog or chair")
-        if self.loss.min_snr is not None and self.loss.diffusion_norm != "mse":
-            raise InputError("settings: loss.min_snr weighs mean squares; set loss.diffusion_norm=mse with it")
-        for name in ("person", "validation"):
-            said = self.texts(getattr(self, name).prompts)
-            silent = next((t for t in said if not mentions(t, [self.person.placeholder])), None)
-            if silent is not None or not said:
-                raise InputError(
-                    f"settings: {name}.prompts must name the person by {self.person.placeholder} or {{person}}, got "
-                    f"{silent if said else 'no prompt'!r}"
-                )
-
-    def texts(self, given: Sequence[str]) -> tuple[str, ...]:
-        """Prompts with the placeholder: texts with {person} filled in, or those of the one set that is named."""
-        placeholder = self.person.placeholder
-        if len(given) == 1 and (given[0] in prompts.names() or given[0].endswith((".json", ".txt"))):
-            try:
-                given = prompts.load(given[0], person=placeholder)
-            except InputError:  # a set without that placeholder, or none at all
-                given = prompts.load(given[0])
-        return tuple(text.replace("{person}", placeholder) for text in given)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.model.dtype)
 
 
 # What differs for the embedded 64 px model (our choice throughout).

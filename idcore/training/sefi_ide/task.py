@@ -18,20 +18,18 @@ from ...systems.sefi_ide import SeFiTokens, check_aligned, class_word_embeddings
 from ...systems.words import words_in
 from ...text.placeholders import replaced
 from ..bases.latent import LatentBase
-from ..contract import Batch, Step, Text, Validation
-from ..losses.diffusion import diffusion_loss
+from ..contract import Batch, Step, Text
+from ..personal.task import PersonTask
 from .config import SeFiTrainConfig
 from .counted import counted_tokens
 
 
-class SeFiTask:
-    """One person's words, as `loop.train` wants it. Trained are the expanders alone, one per text encoder; UNet, text
-    encoders and autoencoder are frozen.
+class SeFiTask(PersonTask):
+    """Trained are the expanders alone, one per text encoder; UNet, text encoders and autoencoder are frozen.
 
     Args:
         config: all settings.
         base: frozen model; its UNet reads staged text until `close`.
-        validator: draws and measures in between; None: nothing is.
 
     Raises:
         InputError: a class word of several tokens together with the attention loss; words that the base cannot read.
@@ -39,31 +37,24 @@ class SeFiTask:
 
     name = "sefi-ide"
 
-    def __init__(self, config: SeFiTrainConfig, base: LatentBase, validator: Any = None) -> None:
+    def __init__(self, config: SeFiTrainConfig, base: LatentBase) -> None:
         person, words = config.person, config.words
         if config.loss.attention:
             check_aligned(base.pipe, person.placeholder, person.class_word)
         start = class_word_embeddings(base.pipe, person.class_word)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.loop.seed)
-            self.module = SeFiTokens(
+            module = SeFiTokens(
                 start, words.stages, heads=words.heads, head_dim=words.head_dim, dropout=words.dropout,
                 residual=words.residual,
             ).to(base.device)  # fmt: skip
-        self.config, self.base, self.validator = config, base, validator
-        self._on = contextlib.ExitStack()
-        self._logs: dict[str, float] = {}
-        self._put_on()
-
-    # -- losses -------------------------------------------------------------------------------------------
+        super().__init__(config, base, module)
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms "diffusion" and, with a weight above 0, "attention"."""
         base, c = self.base, self.config.loss
-        latents = base.encode_pictures(batch.pixels) if batch.latents is None else batch.latents.to(base.device)
-        noise = step.normal("noise", batch.places, latents.shape[1:]).to(base.device)
-        x, t = base.noised(latents, noise, step.uniform("time", batch.places).to(base.device))
-        text = self.text(batch, t)
+        at = self.noised(batch, step)
+        text = self.text(batch, at.t)
         loss = None
         if c.attention:
             loss = AttentionLoss(
@@ -72,11 +63,8 @@ class SeFiTask:
                 weight=c.attention,
             )  # fmt: skip
         with watching(base.unet, loss) if loss is not None else contextlib.nullcontext():
-            prediction = base.predict(x, t, text)
-        diffusion = diffusion_loss(
-            prediction, base.target(latents, noise, t), norm=c.diffusion_norm, min_snr=c.min_snr,
-            snr=None if c.min_snr is None else base.snr(t), parametrisation=base.prediction,
-        )  # fmt: skip
+            prediction = base.predict(at.x, at.t, text)
+        diffusion = self.distance(prediction, at)
         self._logs = {"diffusion": float(diffusion.detach())}
         if loss is None:
             return {"diffusion": diffusion}
@@ -103,27 +91,11 @@ class SeFiTask:
                 sides.append(base.text_live(batch.prompts, height, width, batch.sizes).embeds)
         return Text(joined_text(reference.embeds, sides[:1], sides[1:]), reference.pooled, reference.extra)
 
-    # -- what the loop asks besides ------------------------------------------------------------------------
-
-    def logs(self) -> Mapping[str, float]:
-        return self._logs
-
-    def validate(self, step: Step) -> Validation:
-        return Validation() if self.validator is None else self.validator(self)
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
-
     def export(self, folder: Path, facts: Mapping[str, Any]) -> list[Path]:
         """The words, the result's settings, and the model card; see `result.export`."""
         from .result import export
 
         return export(self, folder, facts)
-
-    # -- the person as it is now ------------------------------------------------------------------------------
 
     def person(self) -> Identity:
         """For `idcore.attach`, and for files."""
@@ -144,16 +116,10 @@ class SeFiTask:
 
     def _put_on(self) -> None:
         """Staged text on the UNet, and what of the loop's settings is about it."""
-        unet, loop = self.base.unet, self.config.loop
-        self.staged = self._on.enter_context(staged_unet(unet, self.config.words.stages))
-        if loop.gradient_checkpointing and not unet.is_gradient_checkpointing:
-            unet.enable_gradient_checkpointing(self._checkpointed)
-            self._on.callback(unet.disable_gradient_checkpointing)
-        if loop.compile and unet._compiled_call_impl is None:
-            unet.compile()
-            self._on.callback(setattr, unet, "_compiled_call_impl", None)
+        self.staged = self._on.enter_context(staged_unet(self.base.unet, self.config.words.stages))
+        super()._put_on()
 
-    def _checkpointed(self, block: Callable[..., Any], *args: Any) -> Any:
+    def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
         """What backward computes again sees the attention loss of its own forward."""
         stack = stack_of(self.base.unet)
         tap = stack.tap
@@ -166,7 +132,3 @@ class SeFiTask:
                 stack.tap = before
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-
-    def close(self) -> None:
-        """The base is as it was."""
-        self._on.close()

@@ -12,8 +12,8 @@ from torch import nn
 
 from ...errors import WeightsError
 from .. import checkpoint, state
-from ..loop import CHECKPOINTS, RESULT
 from ..processes import spawn
+from ..resuming import CHECKPOINTS, RESULT
 from .pool import make_pool
 
 

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 from ...text.placeholders import replaced
 from ..contract import Validation
-from .config import SeFiTrainConfig
 
 TILE, LINE = 128, 14  # pixels of a tile of the sheet, and of a line of text
 CHUNK = 4  # pictures that are drawn at once
@@ -30,9 +29,7 @@ class Validator:
         judge: `training.pulid.validation.Judge`, or None: nothing is measured.
     """
 
-    def __init__(
-        self, photos: Sequence[Image.Image], config: SeFiTrainConfig, size: tuple[int, int], judge: Any
-    ) -> None:
+    def __init__(self, photos: Sequence[Image.Image], config: Any, size: tuple[int, int], judge: Any) -> None:
         self.photos, self.config, self.size, self.judge = list(photos), config, size, judge
         v = config.validation
         self.jobs = [(p, s) for p in config.texts(v.prompts) for s in v.seeds]
