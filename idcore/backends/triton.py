@@ -24,7 +24,7 @@ DIFFERENTIABLE = False
 
 # float32 tiles above would spill
 MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-MIN_VERSION = (3, 3)  # kernel arguments that are tuples
+MIN_VERSION = (3, 4)  # constant tuples as kernel arguments; 3.3 cannot index them
 
 
 def interpreted() -> bool:
@@ -36,15 +36,15 @@ def interpreted() -> bool:
 def _installation() -> tuple[str, ...]:
     """What the installation lacks, whatever the call."""
     if importlib.util.find_spec("triton") is None:
-        return ("Triton is not installed (pip install 'triton>=3.3')",)
+        return ("Triton is not installed (pip install 'triton>=3.4')",)
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         found = version("triton")
     except PackageNotFoundError:
-        found = "3.3"  # a build without metadata: let it try
+        found = "3.4"  # a build without metadata: let it try
     if tuple(int(x) for x in found.split(".")[:2]) < MIN_VERSION:
-        return (f"Triton {found} is too old (needs 3.3 or newer)",)
+        return (f"Triton {found} is too old (needs 3.4 or newer, which PyTorch 2.8 and newer bring)",)
     if importlib.util.find_spec("idcore.kernels") is None:
         return ("the kernels are not part of this installation (idcore.kernels); reinstall idcore",)
     return ()

@@ -51,7 +51,8 @@ def forward_kernel(
         s_bias = sbias[3]
     kt = text_tensor(KT, skt, DIVT[0], sbank[0], STAGE, sstage, b, head)
     vt = text_tensor(VT, svt, DIVT[1], sbank[1], STAGE, sstage, b, head)
-    h, lse, _, _ = attend(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, TT, D, BD, BM, ROOT, False, UPCAST)
+    h, lse, _, _ = attend(q, kt, vt, skt, svt, LT, bias, s_bias, 0, 0, TT[0], TT[1], TT[2], D, BD, BM, ROOT, False,
+                          UPCAST)  # fmt: skip
     if LSE_T is not None:
         tl.store(LSE_T + bh * LQ + rows, lse, mask=inside)
     if HT is not None:
@@ -63,7 +64,7 @@ def forward_kernel(
         row = b // DIVI[j]
         i, lse, lse_u, share = attend(
             q, KI[j] + row * ski[j][0] + head * ski[j][1], VI[j] + row * svi[j][0] + head * svi[j][1],
-            ski[j], svi[j], LI[j], None, 0, NZ, NG, TI[j], D, BD, BM, ROOT, MERGE == 2, UPCAST,
+            ski[j], svi[j], LI[j], None, 0, NZ, NG, TI[j][0], TI[j][1], TI[j][2], D, BD, BM, ROOT, MERGE == 2, UPCAST,
         )  # fmt: skip
         at = (j * n_bh + bh) * LQ + rows
         if LSE_I is not None:

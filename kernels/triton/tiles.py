@@ -141,13 +141,14 @@ def online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu, 
 
 
 @triton.jit
-def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D: tl.constexpr,
-           BD: tl.constexpr,
-           BM: tl.constexpr, ROOT: tl.constexpr, SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+           LAST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ROOT: tl.constexpr,
+           SHARE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Softmax attention over `count` keys and NZ zero tokens (logit 0, value 0).
 
-    TILES is (block, keys covered by whole blocks, size of the last block or 0), unrolled by the compiler; or
-    (block, -1, 0) for a loop left to run time, which needs fewer registers.
+    BLOCK keys at a time, of which whole blocks cover WHOLE, and a block of LAST keys (0: none) behind them, unrolled
+    by the compiler; or WHOLE -1 and LAST 0 for a loop left to run time, which needs fewer registers. Three numbers,
+    since Triton before 3.7 hands no tuple out of a tuple of constants on to a function.
     Returns the result [BM, BD], log2 of the sum [BM], that of the unscaled sum, the share of the first NG
     tokens.
     """
@@ -158,20 +159,20 @@ def attend(q, K, V, sk, sv, count, BIAS, s_bias, NZ, NG, TILES: tl.constexpr, D:
     counted = tl.minimum(tl.maximum(NG - count, 0), NZ)
     got = tl.zeros([BM], tl.float32) + counted
     acc = tl.zeros([BM, BD], tl.float32)
-    if TILES[1] < 0:
-        for start in range(0, count, TILES[0]):
+    if WHOLE < 0:
+        for start in range(0, count, BLOCK):
             m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu,
                                              got,
-                                             D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
+                                             D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
     else:
-        for start in range(0, TILES[1], TILES[0]):
+        for start in range(0, WHOLE, BLOCK):
             m, l, acc, lu, got = online_step(q, K, V, sk, sv, start, count, BIAS, s_bias, NG, m, l, acc, lu,
                                              got,
-                                             D, BD, TILES[0], ROOT, SHARE, UPCAST)  # fmt: skip
-    if TILES[2] > 0:
-        m, l, acc, lu, got = online_step(q, K, V, sk, sv, TILES[1], count, BIAS, s_bias, NG, m, l, acc, lu,
+                                             D, BD, BLOCK, ROOT, SHARE, UPCAST)  # fmt: skip
+    if LAST > 0:
+        m, l, acc, lu, got = online_step(q, K, V, sk, sv, WHOLE, count, BIAS, s_bias, NG, m, l, acc, lu,
                                          got,
-                                         D, BD, TILES[2], ROOT, SHARE, UPCAST)  # fmt: skip
+                                         D, BD, LAST, ROOT, SHARE, UPCAST)  # fmt: skip
     return acc / l[:, None], m + tl.log2(l), m * ROOT + tl.log2(lu), got / lu
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from cases import Case, build
@@ -30,9 +34,11 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.calls: list[tuple] = []  # of ours, with their arguments
 
     def kernel(self, kernel, grid, arguments) -> None:
         self.names.append(kernel.fn.__name__)
+        self.calls.append((kernel, arguments))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -42,6 +48,11 @@ class Launches(TorchDispatchMode):
 
 
 def launches(call) -> list[str]:
+    """Names of what `call` launches."""
+    return recorded(call).names
+
+
+def recorded(call) -> Launches:
     """What `call` launches."""
     from idcore.kernels import launch
 
@@ -51,7 +62,7 @@ def launches(call) -> list[str]:
             call()
         finally:
             launch.ahead_of_time.reset(token)
-    return mode.names
+    return mode
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +115,26 @@ def test_the_other_ops(modules):
     assert launches(lambda: tokens.forward(words, learned, at, None)) == ["tokens_kernel"]
     both = ["tokens_grad_kernel", "embeddings_grad_kernel"]
     assert launches(lambda: tokens.backward(torch.empty(10, 2, 77, 768), learned, at, None)) == both
+
+
+def handed_on(kernel) -> set[str]:
+    """Constant parameters of a kernel of which an element is the argument of a call."""
+    function = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0]
+    constants = {a.arg for a in function.args.args if a.annotation and ast.unparse(a.annotation) == "tl.constexpr"}
+    given = [x for call in ast.walk(function) if isinstance(call, ast.Call) for x in call.args]
+    return {x.value.id for x in given if isinstance(x, ast.Subscript) and isinstance(x.value, ast.Name)} & constants
+
+
+@pytest.mark.parametrize("d", [64, 160])
+def test_what_kernels_hand_on_of_constant_tuples_are_numbers(modules, d):
+    """Triton 3.4 to 3.6 take no tuple out of a tuple of constants as an argument; later ones and the interpreter do."""
+    found = set()
+    for more in ({}, dict(li=(4, 70), rows=(1, 2), scale=(1.0, 0.5))):
+        a, _ = build(BASE.with_(merge="ortho_v2", d=d, **more))
+        calls = recorded(lambda a=a: modules[0].forward(a)).calls
+        calls += recorded(lambda a=a: modules[1].backward(a, a.q, statistics(modules, a))).calls
+        for kernel, arguments in calls:
+            for name in handed_on(kernel):
+                found.add(name)
+                assert all(isinstance(x, int) for x in arguments[name]), (kernel.fn.__name__, name, arguments[name])
+    assert "TT" in found and "BI" in found

@@ -57,6 +57,15 @@ def test_refusals_name_the_reason(monkeypatch):
     assert backend.DIFFERENTIABLE is False
 
 
+def test_a_triton_that_is_too_old_is_refused(monkeypatch):
+    backend._installation.cache_clear()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.3.1")
+    try:
+        assert "Triton 3.3.1 is too old (needs 3.4 or newer, which PyTorch 2.8" in "; ".join(backend._installation())
+    finally:
+        backend._installation.cache_clear()
+
+
 def test_importing_the_backend_imports_no_triton():
     code = "import sys, idcore.backends.triton; assert 'idcore.kernels' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[1])
