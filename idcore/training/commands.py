@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..results import is_result
+from .resuming import CHECKPOINTS
 from .settings import as_text, build, insert, read
 
 T = TypeVar("T")
@@ -61,7 +61,8 @@ def run_training(
             raise InputError(f"train {command}: {option} is missing; see idcore train {command} --help")
     made = train(settings, arguments.out)
     used = f"{made}: use it with `{use.format(made=made)}`" if use else f"{made}: done"
-    arguments.say(used if is_result(made) else f"stopped early; go on with --resume ({made})")
+    stopped = made.parent.name == CHECKPOINTS
+    arguments.say(f"stopped early; go on with --resume ({made})" if stopped else used)
     return [str(made)]
 
 

@@ -183,6 +183,7 @@ def test_the_command_line(pool, tmp_path):
     args = ["train", "tiny-sd", "--out", str(tmp_path / "run"), *(a for c in few for a in ("--set", c))]
     run = CliRunner().invoke(app, args)
     assert run.exit_code == 0, run.output
+    assert "use it with `idcore train ... --base" in run.output and "stopped" not in run.output
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert list((tmp_path / "run" / "validation").rglob("people.png"))
     measures = json.loads((tmp_path / "run" / "measures.jsonl").read_text().splitlines()[-1])

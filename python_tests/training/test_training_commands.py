@@ -50,9 +50,11 @@ def test_settings_come_from_options_file_preset_and_default_in_this_order(tmp_pa
 def test_a_command_says_what_is_missing_and_what_to_do_with_the_result(tmp_path):
     said, out = [], tmp_path / "run"
 
+    ends = ["checkpoints/step-00000003", "model"]
+
     def train(settings, folder):
         assert settings == Mine() and folder == out
-        return folder / "model"
+        return folder / ends.pop(0)
 
     arguments = TrainArguments(out, say=said.append)
     assert run_training("mine", TrainArguments(print_config=True), Mine(), None)[0].startswith("#")
@@ -60,10 +62,8 @@ def test_a_command_says_what_is_missing_and_what_to_do_with_the_result(tmp_path)
         run_training("mine", TrainArguments(), Mine(), train)
     with pytest.raises(InputError, match="--images is missing"):
         run_training("mine", arguments, Mine(), train, needed=[("--images", ())])
-    assert run_training("mine", arguments, Mine(), train, use="draw {made}") == [str(out / "model")]
+    assert run_training("mine", arguments, Mine(), train, use="draw {made}") == [str(out / "checkpoints/step-00000003")]
     assert "stopped early; go on with --resume" in said[-1]
-    (out / "model").mkdir(parents=True)
-    (out / "model" / "result.json").write_text("{}")
     run_training("mine", arguments, Mine(), train, use="draw {made}")
     assert said[-1].endswith(f"use it with `draw {out / 'model'}`")
 
