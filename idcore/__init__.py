@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "attach",
+    "detach": "attach",
     "Handle": "attach",
     "Identity": "identity",
     "id_attention": "ops",
@@ -31,7 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from .attach import Handle, attach
+    from .attach import Handle, attach, detach
     from .encoders.analyzer import analyzer_from, default_analyzer
     from .encoders.images import load_image
     from .identity import Identity

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attention.arguments import check_system, options_of
 from .attention.conditioning import Conditioning
 from .attention.explaining import check_backend, describe
 from .attention.guidance import guidance_rows
 from .attention.kv_bank import people_of
+from .attention.running import Running
 from .attention.schedule import steps_of
 from .attention.sites import attention_of, unwrap
 from .attention.stack import IdStack, stack_of
@@ -58,10 +60,10 @@ def attach(
             bit-equal to not attached.
         id_mask: Where each identity acts; see `Handle.masks`.
         id_guidance_start, id_guidance_end, id_schedule: When it acts; see `Handle.schedule`.
-        cfg: How a UNet batch is made. "auto": from a pipeline, its own guidance state at each call; from a bare
-            UNet, as False. True: [uncond, cond] halves. False: cond only. A tuple such as
-            ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An identity without `uncond_tokens` does
-            not act on uncond parts.
+        cfg: How a UNet batch is made. "auto": from a pipeline, the guidance state of the one that runs at each call
+            (it, or another that shares its UNet: `from_pipe`); from a bare UNet, as False. True: [uncond, cond]
+            halves. False: cond only. A tuple such as ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An
+            identity without `uncond_tokens` does not act on uncond parts.
         backend: Backend of `id_attention` to insist on. Default: the first that can run each call.
         **options: `merge`, `num_zero`, `num_global` in place of the system's own. Systems that act through the prompt
             (DreamIdentity, SeFi-IDE) take a pipeline, `id_scale` 1 or 0, and `placeholder` and `class_word`; see their
@@ -75,6 +77,7 @@ def attach(
         InputError: what was given does not fit together; the text says what does.
         NoBackendError: the named backend cannot run on this model, with its reasons.
     """
+    check_system(system)
     if system is None:
         from .systems.loading import system_for
 
@@ -94,24 +97,26 @@ def attach(
     sites = list(system.sites(unet))
     if not sites:
         raise InputError(f"attach: system {system.name!r} names no layer of this {type(unet).__name__}")
+    running = None if pipe is None else Running(pipe)
     conditioning = Conditioning(
         system,
         people_of(identity, system),
         sites,
-        system.options.updated(**options),
-        guidance_rows(cfg, pipe),
+        options_of(system, options, inspect.signature(attach)),
+        guidance_rows(cfg, running),
         backend,
     )
+    conditioning.running = running
     conditioning.set_scale(id_scale)
     conditioning.set_masks(id_mask)
-    conditioning.set_schedule(id_guidance_start, id_guidance_end, id_schedule, steps_of(pipe))
+    conditioning.set_schedule(id_guidance_start, id_guidance_end, id_schedule, steps_of(running))
     place = _place(unet, conditioning)
     check_backend(unet, conditioning, place)
     if place is not None:
         conditioning.fill(*place)
     stack = stack_of(unet)
     stack.add(unet, conditioning)
-    return Handle(unet, stack, conditioning, steps_of(pipe))
+    return Handle(unet, stack, conditioning, steps_of(running))
 
 
 class Handle:
@@ -214,6 +219,35 @@ class Handle:
         """Text: layers, scales, merge, guidance, what stands under each processor, and the backend each layer takes
         with what speaks against the faster ones."""
         return describe(self._unet, self._stack, self._conditioning, self.attached)
+
+
+def detach(pipe_or_unet: Any) -> int:
+    """Take everything off that any `attach` put on a pipeline or UNet, also where its handle was lost (a cell of a
+    notebook that ran twice). It is then what it was before.
+
+    Args:
+        pipe_or_unet: What was given to `attach`. Of a UNet alone only identities in the attention are taken off: those
+            in the prompt (DreamIdentity, SeFi-IDE) are found on a pipeline's tokenizers.
+
+    Returns:
+        How many attaches were undone.
+
+    Raises:
+        InputError: no pipeline with a UNet, and no UNet.
+    """
+    pipe, unet = _parts(pipe_or_unet)
+    stack, count = stack_of(unet), 0
+    for conditioning in list(stack.layers):
+        stack.remove(unet, conditioning)
+        conditioning.bank.forget()
+        count += 1
+    if pipe is not None:
+        from .text.reader import handles_on
+
+        for handle in handles_on(pipe):
+            handle.detach()
+            count += 1
+    return count
 
 
 def _by_prompt(

@@ -138,6 +138,30 @@ def test_image_to_image_shares_the_unet():
     assert torch.equal(paint(), plain)
 
 
+@pytest.mark.parametrize("first, then", [(1.0, 5.0), (5.0, 1.0)])
+def test_a_second_pipeline_on_the_same_unet_tells_its_own_guidance(first, then):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = tiny_pipeline("sd")
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    system = TinySystem(pipe.unet, options=V2)
+    person = system.identity(uncond=False)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def paint():
+        return other(["a dog"] * 2, image=image, strength=0.5, num_inference_steps=4, guidance_scale=then,
+                     output_type="latent", generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+
+    for more in ({}, {"id_guidance_end": 0.5}):
+        with idcore.attach(other, system, person, **more):
+            want = paint()
+        with idcore.attach(pipe, system, person, **more):
+            mine = generate(pipe, guidance=first)
+            assert torch.equal(paint(), want)
+            assert torch.equal(generate(pipe, guidance=first), mine)
+
+
 def test_pipelines_that_do_not_tell_their_batches():
     from diffusers import StableDiffusionInstructPix2PixPipeline
 

@@ -12,6 +12,7 @@ from ..errors import InputError
 from . import masks as _masks
 from .guidance import HALVES
 from .kv_bank import KvBank, normal_mode
+from .running import Running
 from .scales import expand
 from .schedule import StepSchedule
 from .types import AttentionOptions, Site
@@ -49,6 +50,7 @@ class Conditioning:
         self.replaces = bool(getattr(system, "replaces_text", False))
         self.rows = rows
         self.rows_now: tuple[str, ...] = HALVES[0]
+        self.running: Running | None = None  # which pipeline runs the UNet; None of a bare one
         self.backend = backend
         self.device = torch.device("cpu")
         self.grids: dict[Any, Tensor] = {}  # masks per token, by identity, grid and device

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import InputError
+from .running import Running
 
 ROWS = ("uncond", "cond")
 HALVES = (("cond",), ("uncond", "cond"))
@@ -17,7 +17,7 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
 
     Args:
         cfg: "auto", bool, or the order of the parts, e.g. ("cond", "uncond", "uncond") for InstructPix2Pix.
-        pipe: the pipeline given to `attach`, or None for a bare UNet.
+        pipe: the pipeline given to `attach`, or what tells the one that runs; None for a bare UNet.
 
     Raises:
         InputError: another value; or "auto" with a pipeline that does not tell.
@@ -32,26 +32,31 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
         raise InputError(
             f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, got {cfg!r}"
         )
+    running = pipe if isinstance(pipe, Running) else Running(pipe)
+    _require_telling(running())
+    return _AskPipe(running)
+
+
+def _require_telling(pipe: Any) -> None:
     kind = type(pipe)
     if not hasattr(kind, "do_classifier_free_guidance") or hasattr(kind, "image_guidance_scale"):
         raise InputError(
             f"attach: {kind.__name__} does not tell how its batches are made; give cfg=True where they are "
             "[uncond, cond] halves, cfg=False without guidance, or the order of the parts as a tuple"
         )
-    return _AskPipe(pipe)
 
 
 class _AskPipe:
-    """Reads the pipeline's own guidance state, without keeping the pipeline alive."""
+    """Reads the guidance state of the pipeline that runs."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = weakref.ref(pipe)
-        self.has_pag = hasattr(type(pipe), "do_perturbed_attention_guidance")
+    def __init__(self, running: Running) -> None:
+        self.running = running
 
     def __call__(self) -> tuple[str, ...]:
-        pipe = self.pipe()
+        pipe = self.running()
         if pipe is None:
             raise InputError("attach: the pipeline that was attached is gone; attach to its UNet with cfg=...")
+        _require_telling(pipe)
         # The pipeline's state begins with its first call: without it, something else runs the UNet.
         guided = getattr(pipe, "do_classifier_free_guidance", None)
         if guided is None:
@@ -60,6 +65,6 @@ class _AskPipe:
                 "known; attach to the pipeline that runs, or give cfg=True, False or the order of the batch's parts"
             )
         rows = HALVES[1] if guided else HALVES[0]
-        if self.has_pag and getattr(pipe, "do_perturbed_attention_guidance", False):
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
             rows = (*rows, "cond")
         return rows

@@ -42,8 +42,8 @@ def people_of(identity: Any, system: Any) -> tuple[Any, ...]:
         tokens = getattr(person, "tokens", None)
         if not isinstance(tokens, Tensor) or tokens.dim() != 3 or not tokens.dtype.is_floating_point:
             raise InputError(
-                f"attach: identity {j} must be an Identity with floating-point tokens [Bi, L, E], "
-                f"got {type(person).__name__}"
+                f"attach: identity {j} must be an Identity with floating-point tokens [Bi, L, E], got "
+                f"{type(person).__name__}; idcore.Identity.load(FILE) reads a saved one, system.encode(PHOTO) makes one"
             )
         made_by = getattr(person, "system", None)
         if made_by is not None and made_by != system.name:

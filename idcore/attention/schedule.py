@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .running import Running
 
 
 class StepSchedule:
@@ -107,21 +107,21 @@ class StepSchedule:
         self._seen = steps
 
 
-def steps_of(pipe: Any) -> StepsOf | None:
+def steps_of(running: Running | None) -> StepsOf | None:
     """What tells the timesteps of a pipeline's runs; None for a bare UNet."""
-    return None if pipe is None else StepsOf(pipe)
+    return None if running is None else StepsOf(running)
 
 
 class StepsOf:
-    """Asks a pipeline for the timesteps of its running call, without keeping the pipeline alive."""
+    """Asks the pipeline that runs for the timesteps of its call."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = weakref.ref(pipe)
+    def __init__(self, running: Running) -> None:
+        self.running = running
         self._kept: tuple[Any, int, int, Tensor] | None = None
 
     def __call__(self) -> Tensor:
         """The same tensor as long as the run is the same."""
-        pipe = self.pipe()
+        pipe = self.running()
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None or getattr(scheduler, "timesteps", None) is None:
             raise InputError("id schedule: the pipeline that was attached is gone or has no scheduler; attach anew")

@@ -90,13 +90,15 @@ class IdStack:
         if torch.compiler.is_compiling():
             self._begin_traced(timestep, sample)
         else:
-            self._begin(timestep, sample)
+            self._begin(unet, timestep, sample)
 
     @torch.compiler.disable
-    def _begin(self, timestep: Any, sample: torch.Tensor) -> None:
+    def _begin(self, unet: nn.Module, timestep: Any, sample: torch.Tensor) -> None:
         if self.staged is not None:
             self.staged.begin(timestep, sample.device)
         for c in self.layers:
+            if c.running is not None:
+                c.running.look(unet)
             c.rows_now = c.rows()
             c.begin(timestep)
         self.reconcile()

@@ -91,6 +91,8 @@ class SeFiHandle:
             undo.callback(self._prompts.remove)
             _narrow_others(pipe, unet, undo)
             self._undo = undo.pop_all()
+        for w in words:
+            w.handle = self
         self._prompts.off = off
         self.attached = True
 

@@ -60,7 +60,7 @@ class WordsHandle:
         off = not word_scale(id_scale)
         self._name, self._parts, self._class_word = name, tuple(parts), class_word
         self._words = [Words(n, split_words(p, widths), class_word, off=off) for p, n in zip(people, names)]
-        put_on(self._parts, self._words)
+        self._put(self._words)
         self.attached = True
 
     def __enter__(self) -> WordsHandle:
@@ -105,8 +105,13 @@ class WordsHandle:
         fresh = [Words(n, split_words(p, widths), self._class_word, off=off) for p, n in zip(people, names)]
         if self.attached:
             take_off(self._parts, self._words)
-            put_on(self._parts, fresh)
+            self._put(fresh)
         self._words = fresh
+
+    def _put(self, words: Sequence[Words]) -> None:
+        put_on(self._parts, words)
+        for w in words:
+            w.handle = self
 
     def explain(self) -> str:
         """Text: which words stand for which placeholder, in which text encoders."""

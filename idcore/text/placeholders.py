@@ -33,6 +33,7 @@ class Words:
         shown: the name in messages, where the placeholder is none that a person wrote.
         off: read `plain`.
         readers: the hooks that put them in (see `idcore.text.reader`).
+        handle: what takes them off together with all that came with them; None for the time of a `with` alone.
     """
 
     placeholder: str
@@ -42,6 +43,7 @@ class Words:
     off: bool = False
     readers: list[Any] = field(default_factory=list)
     ids: tuple[int, ...] = ()
+    handle: Any = None
 
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
@@ -82,7 +84,7 @@ def mentions(text: str, placeholders: Iterable[str]) -> bool:
 
 def known_to(tokenizer: Any) -> tuple[Words, ...]:
     """The words that a tokenizer knows now."""
-    return tokenizer.__dict__.get(_KEY, ())
+    return getattr(tokenizer, "__dict__", {}).get(_KEY, ())
 
 
 def teach(tokenizer: Any, words: Sequence[Words]) -> None:

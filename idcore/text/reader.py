@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.stage_tokens import stage_tokens
-from .placeholders import Words, teach, unteach
+from .placeholders import Words, known_to, teach, unteach
 
 _SEEN = "idcore_ids"  # on the ids that an embedding gets: (reader, ids before the words were taken out)
 _lock = threading.RLock()
@@ -54,6 +54,13 @@ def components_of(pipe: Any) -> Any:
     """The diffusers pipeline inside of an `IDPipeline`; any other object unchanged."""
     inner = getattr(pipe, "pipe", None)
     return inner if getattr(pipe, "text_encoder", None) is None and hasattr(inner, "text_encoder") else pipe
+
+
+def handles_on(pipe: Any) -> list[Any]:
+    """The handles of everybody whose words the pipeline's tokenizers know."""
+    pipe = components_of(pipe)
+    words = [w for end in ("", "_2") for w in known_to(getattr(pipe, f"tokenizer{end}", None))]
+    return list({id(w.handle): w.handle for w in words if w.handle is not None}.values())
 
 
 class Reader:

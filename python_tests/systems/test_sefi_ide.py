@@ -138,6 +138,19 @@ def test_no_trace_remains_plain_prompts_are_untouched_and_any_order_detaches():
     assert not pipe.unet._forward_pre_hooks and torch.equal(drawn(pipe, "a photo of x"), before)
 
 
+def test_detach_finds_people_in_prompts_and_in_the_attention():
+    pipe = tiny_pipeline("sd")
+    system = TinySystem(pipe.unet)
+    before = [type(pipe.tokenizer), set(pipe.__dict__), set(pipe.unet._forward_pre_hooks)]
+    idcore.attach(pipe, system, system.identity())
+    idcore.attach(pipe, None, person())
+    idcore.attach(pipe, None, Identity(torch.zeros(1, 2, 32), None, "words"), placeholder="W*")
+    assert idcore.detach(pipe) == 3
+    assert [type(pipe.tokenizer), set(pipe.__dict__), set(pipe.unet._forward_pre_hooks)] == before
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+    assert idcore.detach(pipe) == 0
+
+
 def test_text_encoded_before_and_handed_in():
     pipe = tiny_pipeline()
     with idcore.attach(pipe, None, person()), torch.no_grad():
