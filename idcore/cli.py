@@ -194,7 +194,8 @@ def prepare(
     from .training.data.command import run_prepare
     from .training.data.faces import Faces as Setup
     from .training.data.options import PrepareConfig
-    from .training.settings import as_text, load
+    from .training.settings import load
+    from .training.settings_out import as_text
 
     if settings:
         typer.echo(as_text(load(PrepareConfig, None, change or [])).rstrip())

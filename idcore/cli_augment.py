@@ -51,7 +51,8 @@ def augment(
     from .training.augment.command import run_augment
     from .training.augment.on_ray import Cluster
     from .training.augment.options import AugmentConfig
-    from .training.settings import as_text, load
+    from .training.settings import load
+    from .training.settings_out import as_text
 
     if print_config:
         typer.echo(as_text(load(AugmentConfig, config, change or [])).rstrip())

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import masks as _masks
 from .guidance import HALVES
 from .kv_bank import KvBank, normal_mode
+from .masks import PeopleMasks, read_masks
 from .running import Running
 from .scales import expand
 from .schedule import StepSchedule
 from .types import AttentionOptions, Site
-
-_GRIDS_KEPT = 64  # resized masks: identities times resolutions times picture sizes
 
 
 class Branch(NamedTuple):
@@ -53,7 +51,6 @@ class Conditioning:
         self.running: Running | None = None  # which pipeline runs the UNet; None of a bare one
         self.backend = backend
         self.device = torch.device("cpu")
-        self.grids: dict[Any, Tensor] = {}  # masks per token, by identity, grid and device
         self._heard_kept: dict[Any, Tensor] = {}
         self._base: Tensor | None = None  # scales as set, float32 [sites, n]
         self._table: Tensor | None = None  # the same times the factors of the step
@@ -72,6 +69,11 @@ class Conditioning:
         """The identities."""
         return self.bank.people
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether some identity acts in a part of the picture alone."""
+        return self.masks.some
+
     def set_people(self, people: Sequence[Any], place: tuple[torch.dtype, torch.device] | None) -> None:
         """Swap the identities; scales and masks stay, so their number must fit. With an exception nothing changes.
 
@@ -84,14 +86,14 @@ class Conditioning:
         if place is not None:
             bank.fill(*place)
         if count != len(self.people):
-            if self.has_masks:
+            if self.masks.some:
                 raise InputError(
                     f"identity: masks for {len(self.people)} identities are set, got {count} identities; "
                     "call handle.masks(None) first"
                 )
             plan = None if self.plan_spec is None else StepSchedule(*self.plan_spec, count)
             self.floats, self.tensor = self._expanded(self.spec, count)
-            self.masks = (None,) * count
+            self.masks = PeopleMasks((None,) * count)
             self._base = self._table = self._gain = self._factors = None
             self.plan = plan
         self.bank = bank
@@ -116,11 +118,7 @@ class Conditioning:
 
     def set_masks(self, masks: Any) -> None:
         """Region masks; see `masks.read_masks` for the forms."""
-        read = _masks.read_masks(masks, len(self.people))
-        with normal_mode():
-            self.masks = tuple(None if m is None else m.to(self.device) for m in read)
-        self.has_masks = any(m is not None for m in read)
-        self.grids = {}
+        self.masks = PeopleMasks(read_masks(masks, len(self.people))).to(self.device)
 
     # -- what a layer asks for ------------------------------------------------------------------
 
@@ -151,7 +149,7 @@ class Conditioning:
         pairs = self.bank.pairs(name, rows, q)
         silent = tuple(getattr(p, "uncond_tokens", None) is None for p in self.people)
         scale = self._scale(name, q, rows, silent)
-        mask = self._mask(q, size, rows) if self.has_masks else None
+        mask = self.masks.at(q, size, len(rows)) if self.masks.some else None
         return Branch(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), scale, mask)
 
     def begin(self, timestep: Any) -> None:
@@ -174,8 +172,7 @@ class Conditioning:
     def fill(self, dtype: torch.dtype, device: torch.device) -> None:
         """Put everything where the layers will ask for it, so that mistakes show before anything is attached."""
         self.device = device
-        with normal_mode():
-            self.masks = tuple(None if m is None else m.to(device) for m in self.masks)
+        self.masks = self.masks.to(device)
         if self.floats is not None:
             self._scale_table(device)
         self.bank.fill(dtype, device)
@@ -300,32 +297,3 @@ class Conditioning:
                 gain = 1 if self._gain is None else self._gain.to(device)
                 self._table = self._base * gain
         return self._table
-
-    def _mask(self, q: Tensor, size: tuple[int, int] | None, rows: tuple[str, ...]) -> list[Tensor | None]:
-        if size is None:
-            raise InputError(
-                "id_mask: the size of the latent is not known, because the layer was called outside of its UNet; "
-                "call the UNet, or drop the masks"
-            )
-        batch, _, tokens, _ = q.shape
-        grid = _masks.grid_of(tokens, *size)
-        images = batch // len(rows)
-        small = (self._mask_of(j, mask, grid, images, q.device) for j, mask in enumerate(self.masks))
-        return [m if m is None or m.shape[0] == 1 else m.repeat(len(rows), 1) for m in small]
-
-    def _mask_of(self, j: int, mask: Tensor | None, grid: Any, images: int, device: Any) -> Tensor | None:
-        if mask is None:
-            return None
-        if mask.shape[0] not in (1, images):
-            raise InputError(
-                f"id_mask: mask {j} has {mask.shape[0]} rows for {images} images; give one, or one per image"
-            )
-        if torch.compiler.is_compiling():
-            return _masks.to_tokens(mask.to(device), grid)
-        key = (j, grid, device)
-        if key not in self.grids:
-            if len(self.grids) >= _GRIDS_KEPT:
-                self.grids.clear()
-            with normal_mode():
-                self.grids[key] = _masks.to_tokens(mask.to(device), grid)
-        return self.grids[key]

@@ -51,7 +51,7 @@ def describe(unet: nn.Module, stack: Any, c: Conditioning, attached: bool) -> st
 
 def _people(c: Conditioning) -> str:
     tokens = ", ".join(f"{p.tokens.shape[1]} tokens" + _rows(p) for p in c.people)
-    masks = "".join("-" if m is None else "m" for m in c.masks)
+    masks = "".join("-" if m is None else "m" for m in c.masks.given)
     told = f"; masks {masks}" if c.has_masks else ""
     return f"  {len(c.people)} identities ({tokens}){told}"
 

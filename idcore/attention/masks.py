@@ -10,7 +10,68 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .kv_bank import normal_mode
 from .regions import layout_masks
+
+_GRIDS_KEPT = 64  # resized masks: identities times resolutions times picture sizes
+
+
+class PeopleMasks:
+    """Masks of the identities of one `attach`, and what was resized of them for layers.
+
+    Attributes:
+        given: per identity float32 [1 or images, H, W], or None: everywhere.
+        some: whether there is a mask at all.
+        grids: masks per token, by identity, grid and device.
+    """
+
+    def __init__(self, given: tuple[Tensor | None, ...]) -> None:
+        self.given = given
+        self.some = any(m is not None for m in given)
+        self.grids: dict[Any, Tensor] = {}
+
+    def to(self, device: torch.device) -> PeopleMasks:
+        """The same masks on a device, nothing resized yet."""
+        with normal_mode():
+            return PeopleMasks(tuple(None if m is None else m.to(device) for m in self.given))
+
+    def at(self, q: Tensor, size: tuple[int, int] | None, parts: int) -> list[Tensor | None]:
+        """Per identity None or a weight per token, [1 or B, Lq].
+
+        Args:
+            q: queries [B, H, Lq, D].
+            size: height and width of the UNet's input; None: not known.
+            parts: of guidance, into which the batch falls.
+
+        Raises:
+            InputError: no size, or masks for another number of images.
+        """
+        if size is None:
+            raise InputError(
+                "id_mask: the size of the latent is not known, because the layer was called outside of its UNet; "
+                "call the UNet, or drop the masks"
+            )
+        batch, _, tokens, _ = q.shape
+        grid, images = grid_of(tokens, *size), batch // parts
+        small = (self._one(j, mask, grid, images, q.device) for j, mask in enumerate(self.given))
+        return [m if m is None or m.shape[0] == 1 else m.repeat(parts, 1) for m in small]
+
+    def _one(self, j: int, mask: Tensor | None, grid: tuple[int, int], images: int, device: Any) -> Tensor | None:
+        if mask is None:
+            return None
+        if mask.shape[0] not in (1, images):
+            raise InputError(
+                f"id_mask: mask {j} has {mask.shape[0]} rows for {images} images; give one, or one per image"
+            )
+        if torch.compiler.is_compiling():
+            return to_tokens(mask.to(device), grid)
+        key = (j, grid, device)
+        if key not in self.grids:
+            if len(self.grids) >= _GRIDS_KEPT:
+                self.grids.clear()
+            with normal_mode():
+                self.grids[key] = to_tokens(mask.to(device), grid)
+        return self.grids[key]
 
 
 def read_masks(masks: Any, count: int) -> tuple[Tensor | None, ...]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops import id_attention
 from .conditioning import Conditioning
+from .groups import Group, groups_of
 from .guidance import ROWS
 from .kv_bank import people_of
-from .processors import Group, groups_of
 from .types import Site
 
 Attention = Callable[..., Tensor]  # f(q, k, v, options, mask=None) -> [B, Lq, C]

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..errors import InputError
 from ..identity import Identity
 from .denoise import CallbackView, Interrupted, Job, caller, denoise
-from .loading import load_pipeline, load_single_file, load_unet_weights, place, quantize
+from .loading import arrange, load_pipeline, load_single_file
 from .loop_graph import LoopGraphs, Made
 from .sdxl import scheduler_by_name
 from .sdxl_job import encode_words, make_job, picture_size
-from .seat import Seat
+from .seat import Seat, people_of
 from .vae import LatentDecoder
 
 RUNNERS = ("eager", "graph")
@@ -147,7 +147,7 @@ class IDPipeline:
         pipe = load(base, local_files_only=local_files_only, torch_dtype=dtype, **options)
         where = device if offload is None else device or "cuda"
         LatentDecoder(pipe.vae, vae_dtype, device=where)  # its weights must turn before they are offloaded
-        _arrange(pipe, unet_weights, quantize, device, offload, compile)
+        arrange(pipe, unet_weights, quantize, device, offload, compile)
         return cls(
             pipe, system, sampler=sampler, runner=runner, vae_dtype=vae_dtype, vae_compile=vae_compile,
             vae_memory=vae_memory, decode_in_graph=decode_in_graph, backend=backend,
@@ -265,7 +265,7 @@ class IDPipeline:
             raise InputError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
         if self.graphs is not None and callback_on_step_end is not None:
             raise InputError('runner="graph" plays all steps at once, no callback between them; use runner="eager"')
-        people = self._people_of(id_image, id_embeds)
+        people = people_of(self, id_image, id_embeds)
         size = picture_size(self.pipe, height, width)
         sizes = (original_size or size, crops_coords_top_left, target_size or size)
         with self._lock:
@@ -288,23 +288,6 @@ class IDPipeline:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _people_of(self, image: Any, embeds: Any) -> tuple[Any, ...]:
-        if image is not None and embeds is not None:
-            raise InputError("give id_image or id_embeds, not both; encode photos once with pipe.encode(...)")
-        if image is not None:
-            several = isinstance(image, (list, tuple)) and image and all(isinstance(p, (list, tuple)) for p in image)
-            return tuple(self.encode(p) for p in (image if several else [image]))
-        if embeds is None:
-            return ()
-        several = embeds if isinstance(embeds, (list, tuple)) else [embeds]
-        people = tuple(Identity.load(e) if isinstance(e, (str, os.PathLike)) else e for e in several)
-        if self.system is None and not all(getattr(p, "banks", ()) for p in people):
-            raise InputError(
-                "IDPipeline without a system cannot use id_embeds that hold no keys and values (Identity.with_bank); "
-                "give it one, e.g. idcore.PuLID"
-            )
-        return people
-
     def _pictures(self, made: Made) -> Tensor:
         done = made.pictures
         return self.decoder(made.latents) if done is None else self.decoder.checked(done, made.latents)
@@ -325,18 +308,6 @@ class IDPipeline:
                 return Made(denoise(self.unet, job, after_pass), None)
             except Interrupted:
                 return Made(job.latents, None)
-
-
-def _arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: Any) -> None:
-    """Weights, 8 bit, device, compile: in the order in which they must come."""
-    if unet_weights is not None:
-        load_unet_weights(pipe.unet, unet_weights)
-    if kind is not None:
-        quantize(pipe.unet, kind)
-    place(pipe, device, offload)
-    if compiled:
-        backend = compiled if isinstance(compiled, str) else "inductor"
-        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=backend)
 
 
 def _output(images: Any, return_dict: bool) -> Any:

@@ -177,3 +177,15 @@ def place(pipe: Any, device: torch.device | str | None, offload: str | None) -> 
     move = pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload
     move(device=device or "cuda")
     return pipe
+
+
+def arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: Any) -> None:
+    """A whole UNet's weights, 8 bit, device, compile: in the order in which they must come."""
+    if unet_weights is not None:
+        load_unet_weights(pipe.unet, unet_weights)
+    if kind is not None:
+        quantize(pipe.unet, kind)
+    place(pipe, device, offload)
+    if compiled:
+        backend = compiled if isinstance(compiled, str) else "inductor"
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=backend)

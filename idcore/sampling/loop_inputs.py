@@ -36,7 +36,7 @@ class ConditioningInputs:
     def key(c: Conditioning) -> Any:
         """What a recording takes for granted."""
         people = tuple((p.tokens.shape, getattr(p, "uncond_tokens", None) is None) for p in c.people)
-        masks = tuple(None if m is None else m.shape[0] for m in c.masks)
+        masks = tuple(None if m is None else m.shape[0] for m in c.masks.given)
         plan = None if c.plan is None else c.plan.table.shape
         return id(c), masks, c.options, c.backend, plan, None if c.tensor is None else c.tensor.shape, people
 
@@ -46,15 +46,15 @@ class ConditioningInputs:
         c, given = self.conditioning, self.conditioning.tensor
         if given is not None:
             c.tensor = self._given = given.detach().to(self._like.device, torch.float32, copy=True)
-        c.grids.clear()
+        c.masks.grids.clear()
         try:
             yield
         finally:
             c.tensor = given
         self._data, self._pairs = c.data(self._like.device), self._keys_values()
         # From now on this recording's: the next one, and other masks, make grids of their own.
-        self._grids, self._masks = dict(c.grids), c.masks
-        c.grids.clear()
+        self._grids, self._masks = dict(c.masks.grids), c.masks
+        c.masks.grids.clear()
         self._constants = c.constants()
 
     def fill(self) -> None:
@@ -66,7 +66,7 @@ class ConditioningInputs:
         _copy(self._pairs, self._keys_values())
         if self._masks is not c.masks:
             for (j, grid, device), mine in self._grids.items():
-                mine.copy_(to_tokens(c.masks[j].to(device), grid))
+                mine.copy_(to_tokens(c.masks.given[j].to(device), grid))
             self._masks = c.masks
 
     def _keys_values(self) -> list[Tensor]:

@@ -1,14 +1,17 @@
-"""The identities that sit on a pipeline's UNet between and during its calls."""
+"""The identities of a pipeline's calls, and how they sit on its UNet between and during them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from ..attach import Handle, attach
 from ..attention.sites import unwrap
 from ..attention.stack import stack_of
+from ..errors import InputError
+from ..identity import Identity
 
 
 class Seat:
@@ -69,3 +72,26 @@ class Seat:
         if masks is not self._masks:
             self.handle.masks(masks)
             self._masks = masks
+
+
+def people_of(pipe: Any, image: Any, embeds: Any) -> tuple[Identity, ...]:
+    """The identities of a call, from its `id_image` or its `id_embeds`.
+
+    Raises:
+        InputError: both are given, or identities that the pipeline cannot use without a system.
+    """
+    if image is not None and embeds is not None:
+        raise InputError("give id_image or id_embeds, not both; encode photos once with pipe.encode(...)")
+    if image is not None:
+        several = isinstance(image, (list, tuple)) and image and all(isinstance(p, (list, tuple)) for p in image)
+        return tuple(pipe.encode(p) for p in (image if several else [image]))
+    if embeds is None:
+        return ()
+    several = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    people = tuple(Identity.load(e) if isinstance(e, (str, os.PathLike)) else e for e in several)
+    if pipe.system is None and not all(getattr(p, "banks", ()) for p in people):
+        raise InputError(
+            "IDPipeline without a system cannot use id_embeds that hold no keys and values (Identity.with_bank); "
+            "give it one, e.g. idcore.PuLID"
+        )
+    return people

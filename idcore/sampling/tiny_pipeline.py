@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from ..attach import Handle, attach
 from ..attention.schedule import StepSchedule
 from ..encoders.images import ImageLike
 from ..errors import InputError, WeightsError
+from ..files import file_hash
 from ..identity import Identity
 from .few_step import noise_levels, sample, seeded_noise
 from .tiny_model import TinyConfig, TinyModel
@@ -112,7 +112,7 @@ class TinyPipeline:
         folder.mkdir(parents=True, exist_ok=True)
         path = write_safetensors(folder / WEIGHTS, {k: v.half() for k, v in self.model.state_dict().items()})
         config = {"model": self.model.config.as_dict(), **(figures or {})}
-        config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        config["sha256"] = file_hash(path).removeprefix("sha256:")
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         return folder
 
@@ -271,7 +271,7 @@ class TinyPipeline:
 
 
 def _check_hash(path: Path, wanted: str | None) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_hash(path).removeprefix("sha256:")
     if wanted and found != wanted:
         raise WeightsError(
             f"{path} has SHA-256 {found[:16]}..., its config.json says {wanted[:16]}...: the file is damaged or from "

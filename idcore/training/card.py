@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..workflows import write_text
-from .settings import as_text
+from .settings_out import as_text
 
 _WINDOW = 20  # steps that a curve averages over
 

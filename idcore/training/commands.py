@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from ..errors import InputError
 from .resuming import CHECKPOINTS
-from .settings import as_text, build, insert, read
+from .settings import build, insert, read
+from .settings_out import as_text
 
 T = TypeVar("T")
 Values = Mapping[str, Any]

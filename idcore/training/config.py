@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
-from .settings import as_dict, as_text, build, differences, load, setting
+from .settings import setting
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,3 @@ class LoopConfig:
             raise InputError("settings: precision fp16 does not go with parallel fsdp; choose bf16, or ddp")
         if self.parallel == "fsdp" and self.optimiser == "adamw8bit":
             raise InputError("settings: optimiser adamw8bit does not go with parallel fsdp; choose adamw, or ddp")
-
-
-__all__ = ["LoopConfig", "as_dict", "as_text", "build", "differences", "load", "setting"]

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from ..errors import IdcoreError, InputError
 from . import resuming, sharing, state
-from .config import LoopConfig, as_dict
+from .config import LoopConfig
 from .contract import Batch, Source, Step, Task
 from .optimise import Average, learning_rate, make_optimiser, set_rate
+from .prefetch import Batches
 from .processes import (
     StopSignals,
     TrainingStopped,
@@ -34,6 +34,7 @@ from .processes import (
 )
 from .records import Means, Records
 from .resuming import CHECKPOINTS, RESULT
+from .settings_out import as_dict
 
 
 def train(
@@ -104,8 +105,7 @@ class Run:
         self.average = Average(self.module, config.ema) if config.ema else None
         self.records: Records | None = None
         self.lock: Any = None
-        self._reader = ThreadPoolExecutor(1) if config.prefetch else None
-        self._next: tuple[int, Future] | None = None
+        self.batches = Batches(source, config, self.rank, self.world)
 
     @property
     def first(self) -> bool:
@@ -143,8 +143,7 @@ class Run:
             self.say(f"going on from step {self.step} ({found.folder})")
 
     def close(self) -> None:
-        if self._reader:
-            self._reader.shutdown(wait=True, cancel_futures=True)
+        self.batches.close()
         if self.records:
             self.records.close()
         if self.lock:
@@ -187,7 +186,7 @@ class Run:
         rate = learning_rate(self.step, c)
         set_rate(self.optimiser, rate)
         step = Step(c.seed, self.step, c.steps, self.rank, self.world)
-        batches = self._batches()
+        batches = self.batches.of(self.step)
         self.optimiser.zero_grad(set_to_none=True)
         terms, logs = Means(), Means()
         for i, batch in enumerate(batches):
@@ -206,24 +205,6 @@ class Run:
         line |= {"lr": rate, "grad_norm": norm, "seconds": round(time.perf_counter() - start, 4)}
         if self.records:
             self.records.step(self.step, line)
-
-    def _batches(self) -> list[Batch]:
-        """This step's micro batches; the next step's are read meanwhile."""
-        got = self._next[1].result() if self._next and self._next[0] == self.step else self._read(self.step)
-        self._next = None
-        if self._reader and self.step + 1 < self.config.steps:
-            self._next = (self.step + 1, self._reader.submit(self._read, self.step + 1))
-        return got
-
-    def _read(self, step: int) -> list[Batch]:
-        c = self.config
-        got = list(self.source.micro_batches(step, c.seed, self.rank, self.world, c.batch, c.accumulate))
-        sizes = [len(b) for b in got]
-        if sizes != [c.batch] * c.accumulate:
-            raise InputError(
-                f"the data gave micro batches of {sizes} samples at step {step}; wanted {c.accumulate} of {c.batch}"
-            )
-        return got
 
     def _forward(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, float]]:
         with self.accelerator.autocast():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IdcoreError, InputError, WeightsError
 from ..results import is_result
 from . import checkpoint, state
-from .config import as_dict, differences
 from .processes import everyone, from_first, lock
+from .settings_out import as_dict, differences
 
 if TYPE_CHECKING:
     from .loop import Run

@@ -260,7 +260,7 @@ def test_seeds_differ_by_all_that_they_hang_on():
 
 
 def test_one_run_at_a_time(tmp_path):
-    from idcore.training.data.prepare import alone
+    from idcore.training.data.claiming import alone
 
     folder = Folder(tmp_path, job().fingerprint())
     with alone(folder.out), pytest.raises(InputError, match="another idcore augment is writing into"):

@@ -17,7 +17,8 @@ from idcore.training.contract import Step
 from idcore.training.losses.faces import FixedFace
 from idcore.training.pulid.config import PuLIDTrainConfig, load_config
 from idcore.training.pulid.run import Models, new_system, train_pulid
-from idcore.training.settings import as_text, load
+from idcore.training.settings import load
+from idcore.training.settings_out import as_text
 
 SMALL = (
     "stage1.steps=2", "stage2.steps=2", "stage3.steps=2", "loop.batch=2", "stage2.batch=2",

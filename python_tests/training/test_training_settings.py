@@ -8,7 +8,9 @@ from typing import Literal
 import pytest
 
 from idcore.errors import InputError
-from idcore.training.config import LoopConfig, as_dict, as_text, differences, load, setting
+from idcore.training.config import LoopConfig
+from idcore.training.settings import load, setting
+from idcore.training.settings_out import as_dict, as_text, differences
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ...errors import IdcoreError, InputError
-from ..data.prepare import alone
+from ..data.claiming import alone
 from .options import Made
 from .report import AugmentReport, contact_sheet
 from .setup import Job

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from ...errors import InputError
 from ..bases.opening import TINY_SD
-from ..settings import about, as_dict
+from ..settings import about
+from ..settings_out import as_dict
 from .draw import Drawer
 from .judge import ClipJudge, DrawnJudge, FaceJudge, NoTextJudge, TextJudge
 from .options import AugmentConfig, Prompt

@@ -21,7 +21,7 @@ from typing import Any
 
 from ...errors import IdcoreError
 from ...files import file_hash, replace_text
-from ..data.prepare import claim
+from ..data.claiming import claim
 from .options import Made, Pair
 
 VERSION = 1

@@ -51,7 +51,7 @@ def cache_latents(folder: str | Path, base: Base, *, batch: int = 4, progress: b
     Raises:
         InputError: latents of another base stand there. IdcoreError: the folder cannot be written, or NaN.
     """
-    from .prepare import alone
+    from .claiming import alone
     from .source import read_manifest
 
     read_manifest(Path(folder))  # before anything is written

@@ -19,16 +19,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ...errors import IdcoreError, InputError
-from ...files import check_container, file_hash, first_few, replace_text, write_safetensors
-from ..settings import as_dict
+from ...errors import IdcoreError
+from ...files import check_container, file_hash, replace_text, write_safetensors
+from ..settings_out import as_dict
+from .claiming import FOLDERS, alone, claim
 from .examine import Examiner
 from .faces import Faces, FaceSetup
 from .options import Drop, PrepareConfig, Record
@@ -36,7 +36,6 @@ from .reading import Entry, root_of, scan
 from .report import Report, without_duplicates
 
 VERSION = 1
-FOLDERS = ("chunks", "faces", "latents", "texts")
 
 
 def prepare(
@@ -79,28 +78,6 @@ def prepare(
         return _finish(out, root, settings, list(chunks), len(entries), config, reused)
 
 
-@contextmanager
-def alone(out: Path, command: str = "idcore prepare") -> Iterator[None]:
-    """Nobody else writes into a prepared folder meanwhile; what a killed run left half written is removed."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two at once are the caller's to avoid there
-        yield
-        return
-    try:
-        lock = open(out / ".lock", "a")
-    except OSError as e:
-        raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise InputError(f"another {command} is writing into {out}; wait for it, or choose another --out") from e
-        for half in (p for folder in (out, *(out / name for name in FOLDERS)) for p in folder.glob(".*.part")):
-            half.unlink(missing_ok=True)
-        yield
-
-
 def _dry(entries: list[Entry], root: Path, config: PrepareConfig, faces: FaceSetup, progress: bool) -> Report:
     from tqdm import tqdm
 
@@ -124,32 +101,6 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             (out / name).mkdir(exist_ok=True)
     except OSError as e:
         raise IdcoreError(f"cannot write into {out}: {e.strerror or e}; choose another --out folder") from e
-
-
-def claim(file: Path, settings: dict[str, Any], verb: str) -> None:
-    """Write settings.json into a folder that is empty yet; where it stands, refuse other settings.
-
-    Raises:
-        InputError: other settings (named), a file that cannot be read, or a folder with other things in it.
-    """
-    if file.exists():
-        try:
-            was = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise InputError(f"{file} cannot be read: {e}; remove the folder or choose another --out") from e
-        require_same(was, settings, f"{file.parent} {verb}", "choose another --out, or remove the folder")
-        return
-    if any(p for p in file.parent.iterdir() if not p.name.startswith(".")):
-        raise InputError(f"{file.parent} holds other things and no settings.json; choose an empty folder for --out")
-    replace_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-
-
-def require_same(was: dict[str, Any], now: dict[str, Any], what: str, advice: str) -> None:
-    """Raise InputError naming what differs between settings."""
-    differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
-    if differ:
-        told = first_few([f"{k} = {was.get(k)!r}, now {now.get(k)!r}" for k in differ], 3)
-        raise InputError(f"{what} with other settings: {told}; {advice}")
 
 
 def _bits(text: str) -> int:

@@ -20,7 +20,8 @@ from ...encoders.images import load_image
 from ...errors import InputError
 from ...files import file_hash, first_few
 from ..contract import Base, Batch, Step
-from ..settings import as_dict, setting
+from ..settings import setting
+from ..settings_out import as_dict
 from .buckets import Crop, bucket_of, bucket_sizes, crop_for
 from .caches import Caches
 from .latents import probe, same_probe

@@ -44,7 +44,7 @@ def cache_texts(folder: str | Path, base: Any, *, progress: bool = True) -> int:
     """
     from tqdm import tqdm
 
-    from .prepare import alone
+    from .claiming import alone
     from .source import read_index, read_manifest
 
     folder = Path(folder)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...sampling.tiny_model import TinyConfig
-from ..config import LoopConfig, setting
+from ..config import LoopConfig
 from ..loop import train
+from ..settings import setting
 from .data import TinyData
 from .running import run_on_people, start_from, use_threads
 from .task import TinySource, TinyTask

@@ -9,8 +9,9 @@ from pathlib import Path
 from ...sampling.tiny_sd import TinySDConfig
 from ...workflows import writable_folder
 from ..commands import TrainArguments, run_training
-from ..config import LoopConfig, load, setting
+from ..config import LoopConfig
 from ..loop import train
+from ..settings import load, setting
 from ..tiny.running import run_on_people, start_from, use_threads
 from .data import PeopleData, PeopleSource
 from .task import RecogniserPhase, TinySDTask
