@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from idcore.errors import InputError
+from idcore.training.experiments import cell
 from idcore.training.personal.table import CHANGES, COMMON, run
-from idcore.training.personal.table_page import cell, report
+from idcore.training.personal.table_page import report
 
 SHORT = {name: (*COMMON, "loop.steps=1", "loop.batch=2") for name in CHANGES}
 SHORT["DreamBooth-LoRA"] += ("prior.count=2", "tune.rank=1")

@@ -8,11 +8,10 @@ on faces and pairs, half and half, with as many steps. Resumable: what is done i
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from PIL import Image, ImageDraw
 from ... import prompts
 from ...encoders.align import template
 from ...encoders.face_crops import crops_of
-from ...env import command_line, machine
-from ...errors import told
 from ...metrics.drawn_attributes import drawn_photo, table_people
 from ...results import is_result
 from ...systems.dreamidentity import DreamIdentity
 from ...systems.words import WordSystem
 from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
+from ..experiments import Say, carry_out, parser_of, table, write_page
 from .config import DRAWN, load_config
 from .result import WEIGHTS
 from .run import train_dreamidentity
@@ -49,7 +47,6 @@ COLUMNS = {
     "adherence": "prompt adherence", "background": "background", "style": "style", "expression": "expression",
     "pose": "pose", "seconds": "training, s",
 }  # fmt: skip
-Say = Callable[[str], None]
 
 
 def run(
@@ -137,18 +134,11 @@ def _sheet(photos: Sequence[Image.Image], rows: Sequence[Sequence[Image.Image]])
 
 def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Path]:
     """docs/results/dreamidentity-ablation.json, docs/dreamidentity-ablation.md and .png."""
-    (docs / "results").mkdir(parents=True, exist_ok=True)
     seeds = sorted({r["seed"] for r in rows})
-    about = {"command": command_line(), "machine": machine(), "seeds": seeds, "settings": list(CHANGES)}
-    written = [docs / "results" / "dreamidentity-ablation.json", docs / "dreamidentity-ablation.md"]
-    write_text(written[0], json.dumps({**about, "runs": list(rows)}, indent=1))
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in dict.fromkeys(r["run"] for r in rows):
-        mine = [r for r in rows if r["run"] == name]
-        lines.append(
-            f"| {name} | " + " | ".join(_cell([r[k] for r in mine if r.get(k) is not None]) for k in COLUMNS) + " |"
-        )
-    write_text(written[1], _words(lines, seeds))
+    names = dict.fromkeys(r["run"] for r in rows)
+    cells = {n: [_cell([r[k] for r in rows if r["run"] == n and r.get(k) is not None]) for k in COLUMNS] for n in names}
+    facts, page = {"seeds": seeds, "settings": list(CHANGES)}, _words(table(COLUMNS, cells.items()), seeds)
+    written = write_page(docs, "dreamidentity-ablation", facts, rows, page)
     return [*written, _picture(out, seeds[0], docs / "dreamidentity-ablation.png")]
 
 
@@ -159,14 +149,14 @@ def _cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
-def _words(table: Sequence[str], seeds: Sequence[int]) -> str:
+def _words(lines: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join([
         "# DreamIdentity with and without its editability source, in small", "",
         f"On tiny-sd: means over {len(seeds)} seed(s), with the spread between several. {PEOPLE} drawn people whom no "
         "training saw, from one photo each in one forward pass, with the eight prompts of `tiny-edits`. Distances are "
         "those of the embedded recogniser; attributes are judged by networks trained on the project's drawings. "
         "Seconds are of one core.", "",
-        *table, "",
+        *lines, "",
         f"Settings: `{' '.join(CHANGES)}`, all else as in `idcore train dreamidentity --base tiny-sd --print-config`.",
         "", "Runs: `docs/results/dreamidentity-ablation.json`, by `python -m idcore.training.dreamidentity.ablation`.",
         "", "The first seed's pictures of four people: photo, then the prompts; above faces alone, below faces and "
@@ -191,24 +181,9 @@ def _picture(out: Path, seed: int, path: Path, people: int = 4) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m idcore.training.dreamidentity.ablation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/dreamidentity-ablation"), help="folder of the runs")
+    parser = parser_of("dreamidentity.ablation", __doc__, "runs/dreamidentity-ablation", "a setting of the training")
     parser.add_argument("--pairs", type=Path, required=True, help="folder of idcore augment")
-    parser.add_argument("--docs", type=Path, default=None, help="write the report into this folder")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--set", action="append", default=[], dest="changes", help="a setting of the training")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    seeds = [int(s) for s in options.seeds.split(",")]
-
-    def all_of_it() -> None:
-        say: Say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-        rows = run(options.out, options.pairs, seeds, options.changes, say=say)
-        for path in report(options.out, rows, options.docs or options.out / "report"):
-            print(path)
-
-    return told(all_of_it)
+    return carry_out(parser, lambda o, say: run(o.out, o.pairs, o.seeds, o.changes, say=say), report, argv)
 
 
 if __name__ == "__main__":

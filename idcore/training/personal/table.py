@@ -9,7 +9,6 @@ set `tiny-edits` is judged by `metrics.drawn_attributes`. Resumable: what is mea
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shutil
@@ -26,11 +25,12 @@ from PIL import Image
 
 from ... import prompts
 from ...attach import attach
-from ...errors import InputError, told
+from ...errors import InputError
 from ...identity import Identity
 from ...metrics.drawn_attributes import DrawnExam, drawn_photo, table_people
 from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
+from ..experiments import Say, carry_out, parser_of
 from .config import BoothConfig, InversionConfig, load_config
 
 EDITS = "tiny-edits"
@@ -154,7 +154,7 @@ class Learners:
 
 def run(
     out: Path, seeds: Sequence[int], *, people: int = PEOPLE, dream: Sequence[Path] = (), base: str = TINY_SD,
-    changes: Mapping[str, Sequence[str]] | None = None, say: Callable[[str], None] = print,
+    changes: Mapping[str, Sequence[str]] | None = None, say: Say = print,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Learn and measure what is missing; a row for each seed, system and person."""
     out.mkdir(parents=True, exist_ok=True)
@@ -186,16 +186,21 @@ def _told(row: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def _measured(learned: Learned, base: Any, exam: DrawnExam, place: int, folder: Path) -> dict[str, Any]:
-    asked = prompts.load(EDITS, subject=learned.subject)
     with learned.on():
-        drawn = draw(base.pipe, asked.texts)
+        told_of = examined(base.pipe, learned.subject, exam, place, folder)
+    size = sum(f.stat().st_size for f in learned.files) / 1024 if learned.files else None
+    return {**told_of, "seconds": learned.seconds, "kilobytes": size}
+
+
+def examined(pipe: Any, subject: str, exam: DrawnExam, place: int, folder: Path) -> dict[str, float]:
+    """Scores of what a pipeline draws of `subject`, whom the exam knows by `place`; pictures to FOLDER/drawn.png."""
+    asked = prompts.load(EDITS, subject=subject)
+    drawn = draw(pipe, asked.texts)
     strip = Image.new("RGB", (64 * len(drawn), 64))
     for i, picture in enumerate(drawn):
         strip.paste(picture, (64 * i, 0))
     strip.save(folder / "drawn.png")
-    told_of = exam.score(drawn, [place] * len(drawn), asked.labels)
-    size = sum(f.stat().st_size for f in learned.files) / 1024 if learned.files else None
-    return {**told_of, "seconds": learned.seconds, "kilobytes": size}
+    return exam.score(drawn, [place] * len(drawn), asked.labels)
 
 
 def draw(pipe: Any, texts: Sequence[str], steps: int = 4) -> list[Image.Image]:
@@ -222,27 +227,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's text."""
     from .table_page import report
 
-    parser = argparse.ArgumentParser(prog="python -m idcore.training.personal.table", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/personal"), help="folder of the trainings; resumed")
-    parser.add_argument("--docs", type=Path, default=None, help="write the page into this folder")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = parser_of("personal.table", __doc__, "runs/personal")
     parser.add_argument("--people", type=int, default=PEOPLE, help="learned for each seed")
     parser.add_argument("--dreamidentity", type=Path, nargs="+", default=[], help="results of its training")
     parser.add_argument("--base", default=TINY_SD)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    seeds = [int(s) for s in options.seeds.split(",")]
 
-    def all_of_it() -> None:
-        rows = run(
-            options.out, seeds, people=options.people, dream=options.dreamidentity, base=options.base,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
-        for path in report(options.out, rows, options.docs or options.out / "report"):
-            print(path)
+    def rows(o: Any, say: Say) -> list[dict[str, Any]]:
+        return run(o.out, o.seeds, people=o.people, dream=o.dreamidentity, base=o.base, say=say)
 
-    return told(all_of_it)
+    return carry_out(parser, rows, report, argv)
 
 
 if __name__ == "__main__":

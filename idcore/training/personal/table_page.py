@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from ... import prompts
-from ...env import command_line, machine
 from ...metrics.drawn_attributes import drawn_photo, table_people
-from ...workflows import write_text
+from ..experiments import cell, mean_of, table, write_page
 from .table import CHANGES, COMMON, EDITS, GALLERY, truth
 
 COLUMNS = {
@@ -28,46 +25,23 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Pat
     """docs/results/personal.json, docs/personal.md and docs/personal.png."""
     names, seeds = list(dict.fromkeys(r["run"] for r in rows)), sorted({r["seed"] for r in rows})
     best = truth(out, sorted({r["person"] for r in rows}))
-    data = {
-        "command": command_line(), "machine": machine(), "seeds": seeds,
-        "changes": {k: list(v) for k, v in CHANGES.items()}, "the renderer's own drawings": best, "runs": list(rows),
-    }  # fmt: skip
-    (docs / "results").mkdir(parents=True, exist_ok=True)
-    written = [docs / "results" / "personal.json", docs / "personal.md", docs / "personal.png"]
-    write_text(written[0], json.dumps(data, indent=1))
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines.append("| the renderer's own drawings | " + " | ".join(cell([best.get(k)]) for k in COLUMNS) + " |")
-    for name in names:
-        cells = [cell([_mean_of(rows, name, seed, k) for seed in seeds]) for k in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    write_text(written[1], _words(lines, seeds, len({r["person"] for r in rows}), "DreamIdentity" in names))
-    _sheet(out, rows, names).save(written[2])
+    facts = {"seeds": seeds, "changes": {k: list(v) for k, v in CHANGES.items()}, "the renderer's own drawings": best}
+    cells = {"the renderer's own drawings": [cell([best.get(k)]) for k in COLUMNS]}
+    cells |= {name: [cell([mean_of(rows, name, seed, k) for seed in seeds]) for k in COLUMNS] for name in names}
+    page = _words(table(COLUMNS, cells.items()), seeds, len({r["person"] for r in rows}), "DreamIdentity" in names)
+    written = [*write_page(docs, "personal", facts, rows, page), docs / "personal.png"]
+    _sheet(out, rows, names).save(written[-1])
     return written
 
 
-def _mean_of(rows: Sequence[Mapping[str, Any]], name: str, seed: int, key: str) -> float | None:
-    values = [r[key] for r in rows if r["run"] == name and r["seed"] == seed and r.get(key) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def cell(values: Sequence[float | None]) -> str:
-    """The mean over the seeds, with half the range between the least and the largest."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    digits = 2 if max(map(abs, known)) < 10 else 0
-    spread = f" ± {(max(known) - min(known)) / 2:.{digits}f}" if len(known) > 1 and max(known) > min(known) else ""
-    return f"{np.mean(known):.{digits}f}{spread}"
-
-
-def _words(table: Sequence[str], seeds: Sequence[int], people: int, dream: bool) -> str:
-    lines = [
+def _words(lines: Sequence[str], seeds: Sequence[int], people: int, dream: bool) -> str:
+    page = [
         "# One photo, four systems" if dream else "# One photo, three systems", "",
         f"On tiny-sd, the embedded text-to-image model of drawn people: {people} people whom no training saw, each "
         f"learned from one 64 px photo, other people for each of {len(seeds)} seed(s). Eight prompts of the set "
         f"`{EDITS}` (background, style, expression, pose), four steps, the same noise for all. Means over the seeds, "
         "with half the range between them.", "",
-        *table, "",
+        *lines, "",
         "- Distance: of the embedded recogniser to a neutral drawing of the person (0.6 is its threshold on photos); a "
         f"picture without a face counts 1.5. Nearest of {GALLERY}: share of pictures whose nearest drawing is the "
         "right person's. Asked attributes: share of those that the prompts name and the pictures have.",
@@ -82,7 +56,7 @@ def _words(table: Sequence[str], seeds: Sequence[int], people: int, dream: bool)
         "Left the photo; then a column for each prompt: blue; smiling, green; surprised, yellow; left, red; right, "
         "white; pencil, pink; cartoon, orange; night, purple.", "",
     ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(page)
 
 
 def _changed() -> str:

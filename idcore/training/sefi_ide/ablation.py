@@ -8,12 +8,11 @@ table of all systems (`idcore.training.personal.table`). Resumable: what is meas
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ... import prompts
 from ...attach import attach
 from ...attention.staged import AttentionLoss
-from ...env import command_line, machine
-from ...errors import InputError, told
+from ...errors import InputError
 from ...identity import Identity
 from ...metrics.drawn_attributes import DrawnExam, drawn_photo, table_people
 from ...systems.sefi_files import load_tokens, stages_of
@@ -34,9 +31,9 @@ from ...workflows import write_text
 from ..bases.latent import LatentBase
 from ..bases.opening import TINY_SD, open_text_base
 from ..data.few import FewPictures
+from ..experiments import Say, carry_out, cell, mean_of, parser_of, table, write_page
 from ..personal.run import native_edge, photos
-from ..personal.table import EDITS, GALLERY, draw
-from ..personal.table_page import cell
+from ..personal.table import EDITS, GALLERY, examined
 from .config import SeFiTrainConfig, load_config
 from .run import train_sefi_ide
 
@@ -63,7 +60,7 @@ TILE = 96
 
 def run(
     out: Path, seeds: Sequence[int], *, people: int = PEOPLE, base: str = TINY_SD, changes: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Learn and measure what is missing; a row for each seed, person and variant.
 
@@ -96,14 +93,8 @@ def _learned(
     made = train_sefi_ide(config, folder, images=[photo], base=base)
     seconds = time.process_time() - start
     person = load_tokens(made / "person.safetensors")
-    asked = prompts.load(EDITS, subject=config.person.placeholder)
     with attach(base.pipe, None, person):
-        drawn = draw(base.pipe, asked.texts)
-    strip = Image.new("RGB", (64 * len(drawn), 64))
-    for i, picture in enumerate(drawn):
-        strip.paste(picture, (64 * i, 0))
-    strip.save(folder / "drawn.png")
-    scores = exam.score(drawn, [place] * len(drawn), asked.labels)
+        scores = examined(base.pipe, config.person.placeholder, exam, place, folder)
     return {**scores, "attention": attention_distance(config, base, person, photo), "seconds": seconds}
 
 
@@ -138,36 +129,23 @@ def _told(row: Mapping[str, Any]) -> str:
 
 def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Path]:
     """docs/results/sefi-ablation.json, docs/sefi-ablation.md and docs/sefi-ablation.png."""
-    seeds, names = sorted({r["seed"] for r in rows}), list(VARIANTS)
-    data = {
-        "command": command_line(), "machine": machine(), "seeds": seeds, "settings": list(CHANGES),
-        "variants": {k: list(v) for k, v in VARIANTS.items()}, "runs": list(rows),
-    }  # fmt: skip
-    (docs / "results").mkdir(parents=True, exist_ok=True)
-    written = [docs / "results" / "sefi-ablation.json", docs / "sefi-ablation.md", docs / "sefi-ablation.png"]
-    write_text(written[0], json.dumps(data, indent=1))
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in names:
-        cells = [cell([_mean(rows, name, seed, k) for seed in seeds]) for k in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    write_text(written[1], _words(lines, seeds, len({r["person"] for r in rows})))
-    _sheet(out, [r for r in rows if r["person"] == rows[0]["person"]]).save(written[2])
+    seeds = sorted({r["seed"] for r in rows})
+    facts = {"seeds": seeds, "settings": list(CHANGES), "variants": {k: list(v) for k, v in VARIANTS.items()}}
+    cells = {name: [cell([mean_of(rows, name, seed, k) for seed in seeds]) for k in COLUMNS] for name in VARIANTS}
+    page = _words(table(COLUMNS, cells.items()), seeds, len({r["person"] for r in rows}))
+    written = [*write_page(docs, "sefi-ablation", facts, rows, page), docs / "sefi-ablation.png"]
+    _sheet(out, [r for r in rows if r["person"] == rows[0]["person"]]).save(written[-1])
     return written
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], name: str, seed: int, key: str) -> float | None:
-    values = [r[key] for r in rows if r["run"] == name and r["seed"] == seed and key in r]
-    return sum(values) / len(values) if values else None
-
-
-def _words(table: Sequence[str], seeds: Sequence[int], people: int) -> str:
+def _words(lines: Sequence[str], seeds: Sequence[int], people: int) -> str:
     return "\n".join([
         "# The parts of SeFi-IDE, in small", "",
         f"On tiny-sd: {people} drawn people whom no training saw, one 64 px photo each, other people for each of "
         f"{len(seeds)} seed(s); eight prompts (`{EDITS}`), four steps, the same noise for all. Means over the seeds, "
         "with half the range between them. The recogniser's distance is to a neutral drawing of the person (a picture "
         "without a face counts 1.5); the attention's distance is L_attn on the photo, unweighted.", "",
-        *table, "",
+        *lines, "",
         f"Changed settings: `{' '.join(CHANGES)}`. All runs: `docs/results/sefi-ablation.json`. Again: `python -m "
         "idcore.training.sefi_ide.ablation --docs docs`.", "",
         "![drawings by variant](sefi-ablation.png)", "",
@@ -190,27 +168,14 @@ def _sheet(out: Path, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m idcore.training.sefi_ide.ablation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/sefi-ablation"), help="folder of the runs; resumed")
-    parser.add_argument("--docs", type=Path, default=None, help="write the page into this folder")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = parser_of("sefi_ide.ablation", __doc__, "runs/sefi-ablation", "a setting, for all variants")
     parser.add_argument("--people", type=int, default=PEOPLE, help="learned for each seed")
     parser.add_argument("--base", default=TINY_SD)
-    parser.add_argument("--set", action="append", default=[], dest="changes", help="a setting, for all variants")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    seeds = [int(s) for s in options.seeds.split(",")]
 
-    def all_of_it() -> None:
-        rows = run(
-            options.out, seeds, people=options.people, base=options.base, changes=options.changes,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
-        for path in report(options.out, rows, options.docs or options.out / "report"):
-            print(path)
+    def rows(o: Any, say: Say) -> list[dict[str, Any]]:
+        return run(o.out, o.seeds, people=o.people, base=o.base, changes=o.changes, say=say)
 
-    return told(all_of_it)
+    return carry_out(parser, rows, report, argv)
 
 
 if __name__ == "__main__":
