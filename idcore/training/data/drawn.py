@@ -19,6 +19,7 @@ from ..tiny.pool import Pool, make_pool
 from ..tiny.prompts import BACKGROUNDS, labels_to_names, write_prompt
 from ..tiny.styles import FILTERS, stylise
 from .order import shuffled
+from .steps import places_of
 
 SHARD = 500  # people drawn in one file
 PHOTOS = {"photo": 1.0}
@@ -79,8 +80,7 @@ class DrawnPeople:
         """See `Source`."""
         whole = world * size * count
         dice = Step(seed, step, step + 1)
-        for m in range(count):
-            places = [(m * world + rank) * size + i for i in range(size)]
+        for places in places_of(step, rank, world, size, count):
             at = [divmod(step * whole + p, self.count) for p in places]
             people = [int(self._order(seed, epoch)[row]) for epoch, row in at]
             yield self.batch(people, [dice.generator("drawn", p) for p in places], places)

@@ -33,6 +33,7 @@ from .buckets import Crop, crop_for
 from .order import shuffled
 from .reading import read_bytes, root_of, scan
 from .source import pixels_of, sizes_of
+from .steps import places_of
 
 Pictures = str | Path | Sequence[ImageLike]
 
@@ -147,16 +148,10 @@ class FewPictures:
 
     def micro_batches(self, step: int, seed: int, rank: int, world: int, size: int, count: int) -> Iterator[Batch]:
         """See `Source`. Raises InputError for numbers out of range."""
-        if min(world, size, count) < 1 or not 0 <= rank < world or step < 0:
-            raise InputError(
-                f"data: wanted world, size, count of 1 or more and a rank below world, got world {world}, size {size}, "
-                f"count {count}, rank {rank}, step {step}"
-            )
-        whole = world * size * count
+        parts, whole = places_of(step, rank, world, size, count), world * size * count
         drawn = turns(self.shares, step * whole, whole)
         dice = Step(seed, step, step + 1)
-        for m in range(count):
-            places = [(m * world + rank) * size + i for i in range(size)]
+        for places in parts:
             yield _batch([self._sample(*drawn[p], p, dice) for p in places], places)
 
     def _shuffled(self, seed: int, group: int, epoch: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ...encoders.face_crops import crops_of
 from ...errors import InputError
 from ..contract import Batch, Source, Step
 from .few import turns
+from .steps import in_threads, places_of
 
 
 class Mixed:
@@ -56,12 +57,10 @@ class Mixed:
 
     def micro_batches(self, step: int, seed: int, rank: int, world: int, size: int, count: int) -> Iterator[Batch]:
         """See `Source`. Raises InputError where samples of one batch differ in size."""
-        whole = world * size * count
+        parts, whole = places_of(step, rank, world, size, count), world * size * count
         drawn = turns(self.shares, step * whole, whole)
-        parts = [[(m * world + rank) * size + i for i in range(size)] for m in range(count)]
-        jobs = [[self._pool.submit(self._sample, *drawn[p], seed) for p in places] for places in parts]
-        for places, futures in zip(parts, jobs):
-            yield _joined([f.result() for f in futures], places)
+        for places, samples in in_threads(self._pool, lambda p: self._sample(*drawn[p], seed), parts):
+            yield _joined(samples, places)
 
     def _sample(self, which: int, number: int, seed: int) -> Batch:
         batch = next(iter(self.sources[which].micro_batches(number, seed, 0, 1, 1, 1)))

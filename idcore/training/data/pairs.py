@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..augment.store import FORMAT
 from ..contract import Batch
 from .order import Order
 from .reading import read_bytes
+from .steps import in_threads, places_of
 
 
 class PairSource:
@@ -88,20 +89,10 @@ class PairSource:
     def micro_batches(self, step: int, seed: int, rank: int, world: int, size: int, count: int) -> Iterator[Batch]:
         """See `Source`: every pair is drawn once before any is drawn again. Raises InputError where a picture is gone
         or changed, or for numbers out of range."""
-        if min(world, size, count) < 1 or not 0 <= rank < world or step < 0:
-            raise InputError(
-                f"pairs: wanted world, size, count of 1 or more and a rank below world, got world {world}, size "
-                f"{size}, count {count}, rank {rank}, step {step}"
-            )
+        parts = places_of(step, rank, world, size, count)
         chosen = self._order(seed, world * size * count).at(step)
-        parts = [np.arange(size) + (m * world + rank) * size for m in range(count)]
-        jobs = [[self._pool.submit(self._sample, self.pairs[int(chosen[p])]) for p in places] for places in parts]
-        try:
-            for places, futures in zip(parts, jobs):
-                yield _batch([f.result() for f in futures], places)
-        finally:
-            for f in (f for futures in jobs for f in futures):
-                f.cancel()
+        for places, samples in in_threads(self._pool, lambda p: self._sample(self.pairs[int(chosen[p])]), parts):
+            yield _batch(samples, places)
 
     def close(self) -> None:
         """End the reading threads."""
@@ -172,12 +163,12 @@ def _pixels(a: np.ndarray) -> Tensor:
     return (torch.from_numpy(np.array(a)).permute(2, 0, 1).float() / 127.5 - 1).contiguous()
 
 
-def _batch(samples: list[dict[str, Any]], places: np.ndarray) -> Batch:
+def _batch(samples: list[dict[str, Any]], places: Sequence[int]) -> Batch:
     def stack(key: str) -> Tensor:
         return torch.stack([s[key] for s in samples])
 
     return Batch(
-        ids=[s["id"] for s in samples], places=torch.from_numpy(places).long(),
+        ids=[s["id"] for s in samples], places=torch.tensor(places, dtype=torch.int64),
         prompts=[s["prompt"] for s in samples], pixels=stack("pixels"), face={"crop": stack("crop")},
         extra={"landmarks": stack("landmarks"), "boxes": stack("boxes")},
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +30,7 @@ from .order import Order
 from .parts import NAME as PARTS
 from .parts import parts_in_crop
 from .reading import read_bytes
+from .steps import in_threads, places_of
 from .texts import DiskTexts
 
 
@@ -120,22 +121,10 @@ class PreparedSource:
 
     def micro_batches(self, step: int, seed: int, rank: int, world: int, size: int, count: int) -> Iterator[Batch]:
         """See `Source`. Raises InputError where a picture is gone or changed."""
-        if min(world, size, count) < 1 or not 0 <= rank < world or step < 0:
-            raise InputError(
-                f"data: wanted world, size, count of 1 or more and a rank below world, got world {world}, size {size}, "
-                f"count {count}, rank {rank}, step {step}"
-            )
-        chosen = self._order(seed, world * size * count).at(step)
-        dice = Step(seed, step, step + 1)
-        parts = [np.arange(size) + (m * world + rank) * size for m in range(count)]
-        jobs = [[self._pool.submit(self._sample, int(chosen[p]), int(p), dice) for p in places] for places in parts]
-        try:
-            for places, futures in zip(parts, jobs):
-                yield _batch([f.result() for f in futures], places)
-        finally:
-            for futures in jobs:
-                for f in futures:
-                    f.cancel()
+        parts = places_of(step, rank, world, size, count)
+        chosen, dice = self._order(seed, world * size * count).at(step), Step(seed, step, step + 1)
+        for places, samples in in_threads(self._pool, lambda p: self._sample(int(chosen[p]), p, dice), parts):
+            yield _batch(samples, places)
 
     def close(self) -> None:
         """End the reading threads."""
@@ -220,14 +209,14 @@ def sizes_of(record: Record, crop: Crop) -> Tensor:
     return torch.tensor([h, w, crop.top, left, crop.bucket[1], crop.bucket[0]], dtype=torch.float32)
 
 
-def _batch(samples: list[dict[str, Any]], places: np.ndarray) -> Batch:
+def _batch(samples: list[dict[str, Any]], places: Sequence[int]) -> Batch:
     def stack(key: str) -> Tensor | None:
         return torch.stack([s[key] for s in samples]) if key in samples[0] else None
 
     extra = {k: stack(k) for k in ("landmarks", "boxes", PARTS) if k in samples[0]}
     face = {k: torch.stack([s["face"][k] for s in samples]) for k in samples[0]["face"]}
     return Batch(
-        ids=[s["id"] for s in samples], places=torch.from_numpy(places).long(),
+        ids=[s["id"] for s in samples], places=torch.tensor(places, dtype=torch.int64),
         prompts=[s["prompt"] for s in samples], pixels=stack("pixels"), latents=stack("latents"),
         sizes=stack("sizes"), face=face, extra=extra,
     )  # fmt: skip
