@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,3 +61,24 @@ PrintConfig = Annotated[
 def one_or_each(given: Sequence[Any] | None, default: Any) -> Any:
     """The value of an option that may be repeated: one for all, or one for each."""
     return default if not given else given[0] if len(given) == 1 else tuple(given)
+
+
+def arguments_of(
+    out: Path | None, config: Path | None, base: str | None, resume: bool, change: list[str] | None,
+    allow_change: list[str] | None, print_config: bool,
+) -> Any:  # fmt: skip
+    """`training.commands.TrainArguments` of the options that every `idcore train ...` has."""
+    from .training.commands import TrainArguments
+
+    return TrainArguments(out, config, base, resume, change or (), allow_change or (), print_config, say)
+
+
+def say(text: str) -> None:
+    """A line for standard error."""
+    typer.echo(text, err=True)
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Lines for standard output."""
+    for line in lines:
+        typer.echo(line)

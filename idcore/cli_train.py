@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from . import cli_train_personal as personal
-from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainBase, TrainConfig, TrainOut
+from .cli_options import (
+    AllowChange,
+    Change,
+    PrintConfig,
+    Resume,
+    TrainBase,
+    TrainConfig,
+    TrainOut,
+    arguments_of,
+    say,
+    tell,
+)
 
 app = typer.Typer(help="Train a system.", no_args_is_help=True)
 app.command("textual-inversion")(personal.train_textual_inversion)
@@ -50,11 +61,7 @@ def train_tiny_sd(
     """Train tiny-sd, the small text-to-image model of drawn people that other trainings start from; resumable."""
     from .training.tiny_sd.run import run_command
 
-    for line in run_command(
-        out=out, config=config, resume=resume, changes=change or [], allow_change=allow_change or [],
-        print_config=print_config, say=lambda text: typer.echo(text, err=True),
-    ):  # fmt: skip
-        typer.echo(line)
+    tell(run_command(arguments_of(out, config, None, resume, change, allow_change, print_config)))
 
 
 @app.command("pulid")
@@ -78,11 +85,10 @@ def train_pulid(
     """Train PuLID (arXiv 2404.16022) in its three stages; resumable at any moment."""
     from .training.pulid.command import run_command
 
-    for line in run_command(
+    tell(run_command(
         out=out, data=data, config=config, stage=stage, base=base, resume=resume, changes=change or [],
-        allow_change=allow_change or [], print_config=print_config, say=lambda text: typer.echo(text, err=True),
-    ):  # fmt: skip
-        typer.echo(line)
+        allow_change=allow_change or [], print_config=print_config, say=say,
+    ))  # fmt: skip
 
 
 @app.command("face-vit")
@@ -101,12 +107,9 @@ def train_face_vit(
     print_config: PrintConfig = False,
 ) -> None:
     """Train a face ViT for identification (ArcFace's head), which DreamIdentity's encoder begins with."""
-    from .training.commands import TrainArguments
     from .training.face_vit.run import run_command
 
-    arguments = TrainArguments(out, config, None, resume, change or [], allow_change or [], print_config, _say)
-    for line in run_command(data, arguments):
-        typer.echo(line)
+    tell(run_command(data, arguments_of(out, config, None, resume, change, allow_change, print_config)))
 
 
 @app.command("sefi-ide")
@@ -125,12 +128,10 @@ def train_sefi_ide(
     print_config: PrintConfig = False,
 ) -> None:
     """Learn one person as a pair of words per stage (SeFi-IDE, arXiv 2402.00631) from one photo, in minutes."""
-    from .training.commands import TrainArguments
     from .training.sefi_ide.command import run_command
 
-    arguments = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, _say)
-    for line in run_command(arguments, images=images or [], class_word=class_word, placeholder=placeholder):
-        typer.echo(line)
+    arguments = arguments_of(out, config, base, resume, change, allow_change, print_config)
+    tell(run_command(arguments, images=images or [], class_word=class_word, placeholder=placeholder))
 
 
 @app.command("dreamidentity")
@@ -155,16 +156,10 @@ def train_dreamidentity(
     print_config: PrintConfig = False,
 ) -> None:
     """Train DreamIdentity's encoder (arXiv 2307.00300): a face to words of the prompt in one pass; resumable."""
-    from .training.commands import TrainArguments
     from .training.dreamidentity.run import run_command
 
-    arguments = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, _say)
-    for line in run_command(data, pairs, vit, editability, arguments):
-        typer.echo(line)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    arguments = arguments_of(out, config, base, resume, change, allow_change, print_config)
+    tell(run_command(data, pairs, vit, editability, arguments))
 
 
 @app.command("styleforge")
@@ -187,11 +182,8 @@ def train_styleforge(
     print_config: PrintConfig = False,
 ) -> None:
     """Train a style (StyleForge, Multi-StyleForge, arXiv 2404.05256): a LoRA, or a whole UNet."""
-    from .training.commands import TrainArguments
     from .training.styleforge.command import run_command
 
-    say = lambda text: typer.echo(text, err=True)  # noqa: E731
-    given = TrainArguments(out, config, base, resume, change or [], allow_change or [], print_config, say)
     sets = {"style_ref": style_ref, "aux": aux, "people": people, "backgrounds": backgrounds}
-    for line in run_command(given, **sets, multi=multi):
-        typer.echo(line)
+    arguments = arguments_of(out, config, base, resume, change, allow_change, print_config)
+    tell(run_command(arguments, **sets, multi=multi))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .cli_options import AllowChange, Change, PrintConfig, Resume, TrainBase, TrainConfig, TrainOut
+from .cli_options import (
+    AllowChange,
+    Change,
+    PrintConfig,
+    Resume,
+    TrainBase,
+    TrainConfig,
+    TrainOut,
+    arguments_of,
+    tell,
+)
 
 Images = Annotated[
     list[Path] | None, typer.Option("--images", help="A photo of one person; again for more; or a folder of them.")
@@ -29,7 +39,7 @@ def train_textual_inversion(
 ) -> None:
     """Learn one person as a word's embedding (textual inversion, arXiv 2208.01618) from a few photos."""
     person = {"class_word": class_word, "placeholder": placeholder}
-    arguments = (out, config, base, resume, change or (), allow_change or (), print_config)
+    arguments = arguments_of(out, config, base, resume, change, allow_change, print_config)
     _run("textual-inversion", arguments, images, person)
 
 
@@ -47,14 +57,11 @@ def train_dreambooth(
 ) -> None:
     """Bind one person to a rare word (DreamBooth, arXiv 2208.12242) by LoRA, with prior preservation."""
     person = {"class_word": class_word, "identifier": identifier}
-    arguments = (out, config, base, resume, change or (), allow_change or (), print_config)
+    arguments = arguments_of(out, config, base, resume, change, allow_change, print_config)
     _run("dreambooth", arguments, images, person)
 
 
-def _run(command: str, arguments: tuple, images: list[Path] | None, person: dict[str, str | None]) -> None:
-    from .training.commands import TrainArguments
+def _run(command: str, arguments: Any, images: list[Path] | None, person: dict[str, str | None]) -> None:
     from .training.personal.command import run_command
 
-    given = TrainArguments(*arguments, say=lambda text: typer.echo(text, err=True))
-    for line in run_command(command, given, images=images or [], person=person):
-        typer.echo(line)
+    tell(run_command(command, arguments, images=images or [], person=person))

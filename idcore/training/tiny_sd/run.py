@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,21 +59,12 @@ def _work(config: TinySDTrainConfig, out: Path, pool: Path, resume: bool, allow_
     return train(task, source, config.loop, out, resume=resume, settings=config, allow_change=allow_change)
 
 
-def run_command(
-    *,
-    out: Path | None,
-    config: Path | None,
-    resume: bool,
-    changes: Sequence[str],
-    allow_change: Sequence[str],
-    print_config: bool,
-    say: Callable[[str], None],
-) -> list[str]:
+def run_command(arguments: TrainArguments) -> list[str]:
     """`idcore train tiny-sd`; returns the lines for standard output."""
-    given = TrainArguments(out, config, None, resume, changes, allow_change, print_config, say)
-    settings = load(TinySDTrainConfig, config, changes)
+    a = arguments
+    settings = load(TinySDTrainConfig, a.config, a.changes)
 
     def go(chosen: TinySDTrainConfig, folder: Path) -> Path:
-        return train_tiny_sd(chosen, writable_folder(folder), resume, allow_change)
+        return train_tiny_sd(chosen, writable_folder(folder), a.resume, a.allow_change)
 
-    return run_training("tiny-sd", given, settings, go, use="idcore train ... --base {made}")
+    return run_training("tiny-sd", a, settings, go, use="idcore train ... --base {made}")
