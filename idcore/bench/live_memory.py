@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -69,12 +68,3 @@ def allocator_peak(run: Any) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-def device_peak(run: Any, device: torch.device) -> int:
-    """The same on a GPU, by its allocator."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before

@@ -94,11 +94,6 @@ class Similarity:
         """How far a value lies on the same person's side of the threshold (negative: beyond it)."""
         return self.threshold - value if self.smaller_is_closer else value - self.threshold
 
-    def closest(self, query: np.ndarray, gallery: np.ndarray) -> int:
-        """The row of ``gallery`` [N,E] that is most alike to ``query`` [E]."""
-        values = self.matrix(query, gallery)[0]
-        return int(values.argmin() if self.smaller_is_closer else values.argmax())
-
     def compare(self, a: np.ndarray, b: np.ndarray) -> Verdict:
         """Two embeddings [E] compared, with the answer in words."""
         value = self.value(a, b)

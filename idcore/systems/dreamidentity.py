@@ -150,22 +150,19 @@ class DreamIdentity(WordSystem, nn.Module):
         return system.eval().requires_grad_(False)
 
     @classmethod
-    def from_vit(
-        cls, path: str | os.PathLike, widths: Sequence[int], *, vit: dict[str, Any] | None = None, **config: Any
-    ) -> DreamIdentity:
+    def from_vit(cls, vit: FaceViT, widths: Sequence[int], *, taps: Sequence[int] = (), **config: Any) -> DreamIdentity:
         """A face ViT's weights and fresh MLPs, to be trained.
 
         Args:
-            path: Safetensors in timm's key names; see `FaceViT.from_weights`.
+            vit: Its weights are copied.
             widths: Of the base model's text encoders; see `WIDTHS`.
-            vit: Further arguments of `FaceViT.from_weights`.
-            **config: Values of `DreamIdentityConfig`; taps default to the ends of the network's quarters.
+            taps: Blocks that are read; none: the ends of the network's quarters.
+            **config: Further values of `DreamIdentityConfig`.
         """
-        loaded = FaceViT.from_weights(path, **(vit or {}))
-        depth = loaded.config.depth
-        taps = {"taps": tuple(sorted({max(1, depth * i // 4) for i in range(1, 5)}))}
-        system = cls(DreamIdentityConfig(vit=loaded.config, widths=tuple(widths), **{**taps, **config}))
-        system.vit.load_state_dict(loaded.state_dict())
+        depth = vit.config.depth
+        taps = tuple(taps) or tuple(sorted({max(1, depth * i // 4) for i in range(1, 5)}))
+        system = cls(DreamIdentityConfig(vit=vit.config, widths=tuple(widths), taps=taps, **config))
+        system.vit.load_state_dict(vit.state_dict())
         return system
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> Path:

@@ -13,7 +13,6 @@ def test_l2_by_hand():
     np.testing.assert_allclose(DLIB_L2.matrix([a, b], [a, b, a]), [[0, 5, 0], [5, 0, 5]])
     assert DLIB_L2.is_same(0.6) and not DLIB_L2.is_same(0.61)
     assert DLIB_L2.margin(0.5) == pytest.approx(0.1) and DLIB_L2.margin(0.7) == pytest.approx(-0.1)
-    assert DLIB_L2.closest(a, np.stack([b, a + 0.1, b])) == 1
 
 
 def test_cosine_by_hand():
@@ -22,7 +21,6 @@ def test_cosine_by_hand():
     assert ARCFACE_COSINE.value(a, -a) == -1.0 and ARCFACE_COSINE.value(b, 7 * b) == pytest.approx(1)
     assert ARCFACE_COSINE.is_same(0.4) and not ARCFACE_COSINE.is_same(0.39)
     assert ARCFACE_COSINE.margin(0.5) == pytest.approx(0.1)
-    assert ARCFACE_COSINE.closest(a, np.stack([-a, b, -b])) == 1
 
 
 def test_words():

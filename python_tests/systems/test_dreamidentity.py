@@ -126,7 +126,7 @@ def test_saved_and_loaded_and_drawn(tmp_path, kind, widths):
 def test_a_timm_file_makes_an_encoder_to_be_trained(tmp_path):
     vit = FaceViT(FaceViTConfig(image_size=16, patch_size=8, width=64, depth=8, heads=1, mlp_dim=32, id_dim=0))
     path = write_safetensors(tmp_path / "vit.safetensors", vit.state_dict())
-    made = DreamIdentity.from_vit(path, (32,), vit={"image_size": 24}, hidden=8)
+    made = DreamIdentity.from_vit(FaceViT.from_weights(path, image_size=24), (32,), hidden=8)
     assert made.config.taps == (2, 4, 6, 8) and made.config.length == 5 * 64 and made.config.vit.image_size == 24
     assert torch.equal(made.vit.blocks[5].mlp.fc1.weight, vit.blocks[5].mlp.fc1.weight)
     assert all(p.requires_grad for p in made.parameters())

@@ -136,7 +136,7 @@ def test_drawn_people_are_learned_and_the_vit_begins_an_encoder(pool, tmp_path):
     assert vit.config == config.vit.sizes()
     exam = drawn_exam(pool, 5, 3, 16, "head")
     assert [len(b) for b in exam] == [3, 3] and exam[0].ids == ["person5", "person6", "person7"]
-    made = DreamIdentity.from_vit(model / "face_vit.safetensors", (32,), vit={"heads": 2})
+    made = DreamIdentity.from_vit(vit, (32,))
     assert torch.equal(made.vit.head.weight, vit.head.weight)
 
 

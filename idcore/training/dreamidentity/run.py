@@ -12,7 +12,7 @@ import torch
 from ... import prompts
 from ...encoders.face_vit import FaceViT
 from ...errors import InputError, WeightsError
-from ...systems.dreamidentity import DreamIdentity, DreamIdentityConfig
+from ...systems.dreamidentity import DreamIdentity
 from ...text.names import name_statistics
 from ...text.reader import text_parts
 from ...weights import read_safetensors
@@ -104,13 +104,12 @@ def new_system(config: DreamIdentityTrainConfig, base: LatentBase) -> DreamIdent
             raise WeightsError(f"{config.init} makes words of widths {system.config.widths}, this base has {widths}")
         return system
     vit, template = vit_of(config)
-    e, depth = config.encoder, vit.config.depth
-    taps = e.taps or tuple(sorted({max(1, depth * i // 4) for i in range(1, 5)}))
-    sizes = DreamIdentityConfig(vit.config, widths, e.words, taps, e.hidden, e.adain, template)
+    e = config.encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.loop.seed)
-        system = DreamIdentity(sizes)
-    system.vit.load_state_dict(vit.state_dict())
+        system = DreamIdentity.from_vit(
+            vit, widths, taps=e.taps, words=e.words, hidden=e.hidden, adain=e.adain, template=template
+        )
     system.set_names(*name_statistics(base.pipe, names_of(e.names)))
     return system
 
