@@ -1,4 +1,4 @@
-"""A tiny UNet with a system and a person, for the tests of `attach`."""
+"""A tiny UNet with a system and a person, and pictures of tiny pipelines, for the tests of `attach`."""
 
 import torch
 
@@ -21,3 +21,22 @@ def tiny_setup():
     unet = tiny_unet("sd")
     system = TinySystem(unet, options=AttentionOptions("ortho_v2", 3, 2))
     return unet, system, system.identity(), tiny_inputs("sd")
+
+
+def generate(pipe, n=1, guidance=3.0, seeds=(0,), prompt="a dog", **more):
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return pipe(
+        prompt,
+        num_inference_steps=2,
+        guidance_scale=guidance,
+        num_images_per_prompt=n,
+        height=16,
+        width=16,
+        generator=generators if len(seeds) > 1 else generators[0],
+        output_type="latent",
+        **more,
+    ).images
+
+
+def differ(a, b):
+    assert (a - b).abs().max() > 1e-3 * b.abs().max()

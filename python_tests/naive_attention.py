@@ -13,6 +13,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def close(ours, truth, tolerance=2e-5):
+    error = (ours - truth).abs().max().item() / truth.abs().max().item()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
 def attention(q, k, v, heads, scaled=True):
     """[B, L, C] in, ([B, Lq, C], probabilities [B, H, Lq, Lk]) out; one head and one sample at a time."""
     b, lq, c = q.shape
