@@ -67,7 +67,14 @@ def _small(picture: Image.Image) -> np.ndarray:
 
 
 def features(x: Tensor) -> Tensor:
-    """Colour and texture of the person's part: [N, 3, 64, 64] in 0..1 -> float64 [N, D]."""
+    """Colour and texture of the person's part: [N, 3, 64, 64] in 0..1 -> float64 [N, D]; the second half is the first,
+    squared."""
+    found = looks(x, _CENTRE)
+    return torch.cat([found, found.square()], 1)
+
+
+def looks(x: Tensor, part: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+    """Colour and texture of a part (rows, columns) of pictures [N, 3, H, W] in 0..1: float64 [N, D]."""
     x = x.double()
     grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     shades = grey.clamp_min(0.02)
@@ -79,13 +86,12 @@ def features(x: Tensor) -> Tensor:
     calm = (F.avg_pool2d(F.pad(grey.square(), (1,) * 4, mode="replicate"), 3, 1) - near.square()).clamp_min(0).sqrt()
     saturation = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     maps = [grey, chroma, edge, grey - blurred, grey - near, calm, saturation, saturation / shades]
-    flat = torch.cat(maps, 1)[..., _CENTRE[0], _CENTRE[1]].flatten(2)
+    flat = torch.cat(maps, 1)[..., part[0], part[1]].flatten(2)
     levels = flat.new_tensor([0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98])
     quantiles = torch.quantile(flat, levels, dim=-1).permute(1, 2, 0).flatten(1)
-    small = edge[..., _CENTRE[0], _CENTRE[1]].flatten(1)
+    small = edge[..., part[0], part[1]].flatten(1)
     shares = torch.stack([(small < t).double().mean(1) for t in (0.004, 0.01, 0.03, 0.08)], 1)
-    found = torch.cat([quantiles, flat.std(-1), flat.mean(-1), shares], 1)
-    return torch.cat([found, found.square()], 1)
+    return torch.cat([quantiles, flat.std(-1), flat.mean(-1), shares], 1)
 
 
 def drawn(people: int, first_seed: int) -> tuple[Tensor, Tensor]:

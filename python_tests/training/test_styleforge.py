@@ -5,15 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFilter
 from styleforge_cases import base_of, data, folder, pictures, settings
 
 from idcore.errors import InputError, WeightsError
-from idcore.files import read_safetensors
+from idcore.files import read_safetensors, write_safetensors
 from idcore.lora_files import read_lora
 from idcore.results import read_result
 from idcore.systems.lora import load_lora
 from idcore.systems.styleforge import StyleWords, style_words
 from idcore.training.contract import Step
+from idcore.training.styleforge.drawn import person, place
 from idcore.training.styleforge.run import StyleData, check_mix, open_pictures, split_style_ref, train_styleforge
 from idcore.training.styleforge.search import StepSearch, draw
 from idcore.training.styleforge.task import StyleForgeTask
@@ -184,20 +186,54 @@ class TestSearch:
         assert torch.equal(lora.layers[key].folded().up, best)
         assert (tmp_path / "validation" / "step-00000004" / "style.png").is_file()
 
-    def test_scores_are_0_and_1_for_the_base_and_1_where_the_style_is_reached(self, tmp_path):
+    def search_of(self, folder, *changes, ref=None):
+        config = settings(*self.CONFIG, *changes)
+        return StepSearch(base_of(), config.search, StyleWords("[V] style"), ref or pictures(4), 16, folder)
+
+    def test_the_base_has_style_0_and_content_1_and_the_style_itself_1(self, tmp_path):
         base, config = base_of(), settings(*self.CONFIG, "search.seeds=[0,1]")
         search = StepSearch(base, config.search, StyleWords("[V] style"), pictures(4), 16, tmp_path / "search")
         with Tuned(base, config.tune) as tuned:
             shown = search(tuned.module, 0)
-            assert shown.measures == pytest.approx({"style": 0.0, "content": 1.0, "score": 1.0}, abs=1e-5)
-            search.wanted = search.looker(draw(base, search.prompts, [0, 1], 16, 2, 1.0)).mean(0)
-            search.wanted = search.wanted + 1e-3
+            assert shown.measures == pytest.approx({"style": 0.0, "content": 1.0, "score": 0.0}, abs=1e-5)
+            assert search._scored(search.wanted, np.zeros((2, 64), np.float32))["style"] == pytest.approx(1)
             with torch.no_grad():
                 for p in tuned.module.parameters():
                     p.add_(1.0)
             assert search(tuned.module, 1).measures["content"] < 0.999
         again = StepSearch(base, config.search, StyleWords("[V] style"), pictures(4), 16, tmp_path / "search")
         assert again.best() == 1 and not again.enough(1)
+
+    def test_a_style_that_is_there_wins_over_content_that_was_never_touched(self, tmp_path):
+        """Shares of the way to the style, and of the base's layout, as a training's first and later steps have them."""
+        search = self.search_of(tmp_path)
+        start = search.wanted + 5.0
+        layout = np.zeros((4, 64), np.float32)
+        layout[:, 0] = 1
+        tmp_path.mkdir(exist_ok=True)
+        kept = {"features": torch.from_numpy(start), "content": torch.from_numpy(layout)}
+        write_safetensors(tmp_path / "base.safetensors", kept)
+        early, late = (search._scored(start - 5.0 * way, layout * left) for way, left in ((0.1, 0.98), (0.5, 0.55)))
+        assert (early["style"], late["style"]) == pytest.approx((0.1, 0.5), abs=1e-5)
+        assert late["score"] == pytest.approx(0.5 * 0.55, abs=1e-5) and late["score"] > 2 * early["score"]
+        away = search._scored(start + 1.0, layout * 0.0)
+        assert away["score"] == pytest.approx(-0.2, abs=1e-5)  # no content makes up for less than no style
+        heavy = self.search_of(tmp_path, "search.content=2")._scored(start - 2.5, layout * 0.55)
+        assert heavy["score"] == pytest.approx(0.5 * 0.55**2, abs=1e-5)
+
+    def test_a_soft_picture_in_the_style_is_nearer_to_it_than_a_soft_photo(self, tmp_path):
+        """Small models paint softly: not their sharpness tells the style."""
+        soft = ImageFilter.GaussianBlur(1.5)
+        ref = [person(5_800_000 + i, ["pencil"])[0] for i in range(6)] + [place(i, "pencil") for i in range(3)]
+        drawn = [person(5_900_000 + i, ["photo", "sepia", "pencil"]) for i in range(6)]
+        photo, sepia, pencil = ([p.filter(soft) for p in some] for some in zip(*drawn, strict=True))
+        search = self.search_of(tmp_path, ref=ref)
+        layout = np.ones((6, 64), np.float32) / 8
+        kept = {"features": torch.from_numpy(search.looker(photo)), "content": torch.from_numpy(layout)}
+        tmp_path.mkdir(exist_ok=True)
+        write_safetensors(tmp_path / "base.safetensors", kept)
+        style = [search._scored(search.looker(p), layout)["style"] for p in (photo, sepia, pencil)]
+        assert style[0] == pytest.approx(0, abs=1e-5) and style[2] > 0.25 and style[2] > style[1] + 0.1
 
     def test_an_interrupted_search_goes_on(self, tmp_path):
         one = train_styleforge(settings(*self.CONFIG), data(), tmp_path / "one", base=base_of())

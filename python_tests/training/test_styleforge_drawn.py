@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idcore.training.styleforge import experiment
+from idcore.systems.styleforge import StyleWords
+from idcore.training.styleforge import exam, experiment
 from idcore.training.styleforge.drawn import ALL, Styles, person, place
 
 
@@ -40,19 +41,68 @@ def test_sets_of_pictures_by_method(monkeypatch):
     assert not np.array_equal(np.asarray(mixed.style_ref[0]), np.asarray(other.style_ref[0]))
 
 
+def test_the_way_to_a_style_is_0_at_its_begin_and_1_at_its_end(styles):
+    walls = ["blue", "red"]
+    drawn = (
+        [person(6_950_000 + i, [s], walls[i % 2])[0] for i in range(8)] for s in ("photo", "sepia", "oil", "pencil")
+    )
+    photo, sepia, oil, pencil = drawn
+    assert styles.way(photo, photo, "pencil", walls) == 0
+    assert styles.way(photo, pencil, "pencil", walls) == pytest.approx(1, abs=0.3)
+    assert 0.5 > styles.way(photo, sepia, "pencil", walls) > 0.05 > 0 > styles.way(photo, oil, "pencil", walls)
+
+
+class TestExam:
+    @pytest.fixture(scope="class")
+    def made(self):
+        from idcore.training.bases.tiny_sd import TinySDBase
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exam, "SEEDS", (100,))
+            patch.setattr(exam, "Styles", lambda: Styles(people=20, unseen=4))
+            yield exam.Exam(TinySDBase.from_package())
+
+    def test_the_base_alone_is_a_photo_of_what_was_asked_for(self, made):
+        words = StyleWords("[V] style")
+        made.remember(words)
+        figures, pictures = made("pencil", words)
+        assert list(figures) == list(exam.MEASURES) and len(pictures) == 15
+        assert figures["way"] == pytest.approx(0, abs=1e-6) and figures["style"] == figures["all"] == 0
+        assert figures["background"] > 0.8 and figures["plain"] > 0.8 and figures["nobody"] == 1
+
+    def test_a_style_that_the_base_knows_is_found_and_counts(self, made):
+        made.remember(StyleWords("[V] style"))
+        pencil = StyleWords("a pencil drawing", template="{style} of {content}")
+        made.before[pencil.style] = made.before["[V] style"]
+        figures, _ = made("pencil", pencil)
+        assert figures["style"] > 0.3 and figures["way"] > 0.3
+        assert figures["all"] <= min(figures[k] for k in ("style", "background", "face"))
+        assert made.by_word()["pencil"] == pytest.approx(figures["style"])
+
+
 def test_the_report_shows_means_over_seeds_and_their_spread(tmp_path):
     rows = []
     for seed in (0, 1):
-        for method in (*experiment.METHODS, *(["no training"] if seed == 0 else [])):
-            folder = tmp_path / f"seed{seed}" / "duotone" / method.replace(" ", "-")
+        for method in (*experiment.METHODS, *([experiment.UNTRAINED] if seed == 0 else [])):
+            folder = tmp_path / f"seed{seed}" / "oil" / method.replace(" ", "-")
             folder.mkdir(parents=True)
             Image.new("RGB", (128, 64), (seed * 90, 0, 0)).save(folder / "pictures.png")
-            figures = {"style": seed / 2, "background": 1.0, "face": 1.0, "nobody": 1.0, "plain": 0.25}
-            rows.append({"seed": seed, "target": "duotone", "method": method, **figures})
-    found = {"judge": {"right": 0.951}, "rows": rows}
+            figures = dict.fromkeys(exam.MEASURES, 1.0) | {"style": seed / 2}
+            figures |= {} if method == experiment.UNTRAINED else {"step": 50 + 50 * seed}
+            rows.append({"seed": seed, "target": "oil", "method": method, **figures})
+    by_word = {"pencil": 0.0, "oil": 0.125}
+    training = {"steps": 7, "samples": 448}
+    found = {
+        "judge": {"right": 0.951, "shipped base by word": {"pencil": 1.0}},
+        "base": {"name": "made/model", "by word": by_word, "training": training}, "rows": rows,
+    }  # fmt: skip
     written = experiment.report(tmp_path, found, ["loop.lr=1"], tmp_path / "docs")
     page = written[1].read_text()
     assert "| StyleForge | 0.25 ± 0.25 | 1.00 ± 0.00 |" in page and "| no training | 0.00 | 1.00 |" in page
-    assert "right for 95.1%" in page and "loop.lr=1" in page
+    assert "right for 95.1%" in page and "loop.lr=1" in page and "| StyleForge | 75 ± 25 |" in page
+    assert "7 steps, 448 samples" in page and "by its name: pencil 0.00, oil 0.12." in page
     assert json.loads(written[0].read_text())["rows"] == rows
     assert Image.open(written[2]).size == (128, 14 + 4 * 64)
+    del found["base"]["training"]
+    experiment.report(tmp_path, found, [], tmp_path / "docs")
+    assert "Base: the shipped tiny-sd, which knows the styles" in written[1].read_text()

@@ -79,10 +79,12 @@ class SearchSettings:
     )
     seeds: tuple[int, ...] = setting((0,), "Of each prompt's pictures", low=0)
     patience: int = setting(3, "Scores without a better one before the end; 0: all steps", low=0)
-    content: float = setting(1.0, "Weight of what the picture shows against its style", low=0)
+    content: float = setting(
+        1.0, "Weight of what the picture shows against its style: score = style * content^this", low=0
+    )
     features: str = setting(
-        "embedded", 'What sees the style: "embedded", clip:FOLDER, torch-fidelity:FILE or a TorchScript file; CLIP '
-        "judges the content by the prompt, too", free=True,
+        "embedded", 'What sees the style: "embedded" (colours and textures), clip:FOLDER, torch-fidelity:FILE or a '
+        "TorchScript file; CLIP judges the content by the prompt, too", free=True,
     )  # fmt: skip
     steps: int = setting(25, "Of the sampler", low=1)
     guidance: float = setting(7.5, "Of the sampler; up to 1 none", low=0)
@@ -148,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {
             "prompts": ["a person, blue background", "a man smiling, red background", "a woman, green background",
                         "a person looking left, yellow background"],
-            "steps": 4, "guidance": 1.0,
+            "seeds": [0, 1], "steps": 4, "guidance": 1.0,
         },
         "tune": {"layers": "all"},
         "loop": {"steps": 200, "batch": 8, "lr": 2e-3, "validate_every": 40, "save_every": 40},

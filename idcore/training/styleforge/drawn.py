@@ -71,11 +71,15 @@ class Styles:
 
     Attributes:
         right: share of right answers on drawings of people that it did not train on.
+        spread: of each feature between drawings in one style.
     """
 
     def __init__(self, people: int = 250, unseen: int = 60) -> None:
-        self.names = list(ALL)
-        self.weight, self.bias = fit(*self._drawn(JUDGE_SEED, people))
+        self.names, self.unseen = list(ALL), unseen
+        x, y = self._drawn(JUDGE_SEED, people)
+        self.weight, self.bias = fit(x, y)
+        within = torch.stack([x[y == k].var(0) for k in range(len(self.names))])
+        self.spread = within.mean(0).sqrt().clamp_min(1e-6)
         x, y = self._drawn(UNSEEN_SEED, unseen)
         self.right = float(((x @ self.weight.T + self.bias).argmax(1) == y).double().mean())
 
@@ -85,6 +89,18 @@ class Styles:
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
         return [self.names[i] for i in (_features(pictures) @ self.weight.T + self.bias).argmax(1).tolist()]
+
+    def way(self, before: Sequence[Image.Image], now: Sequence[Image.Image], style: str, walls: Sequence[str]) -> float:
+        """How much of the way from photos to a style pictures have gone since `before`; 0: none, 1: all of it.
+
+        (m(now) - m(before)) . v / v . v with mean features m over `spread`, and v = m(style) - m(photo) of drawings of
+        unseen people before `walls`: what a model paints otherwise than drawings are (softer) counts neither way.
+        """
+        drawn = [person(UNSEEN_SEED + i, ["photo", style], walls[i % len(walls)]) for i in range(self.unseen)]
+        photo, wanted, first, last = (
+            _features(p).mean(0) / self.spread for p in (*zip(*drawn, strict=True), before, now)
+        )
+        return float((last - first) @ (wanted - photo) / (wanted - photo).square().sum())
 
 
 def _features(pictures: Sequence[Image.Image]) -> Tensor:

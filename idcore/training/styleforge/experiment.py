@@ -1,82 +1,50 @@
 """StyleForge on drawn styles against DreamBooth without Aux, over several seeds.
 
-    python -m idcore.training.styleforge.experiment --out runs/styleforge --docs docs
+    python -m idcore.training.styleforge.experiment --base runs/unseeing/model --docs docs
 
 For each style and seed: DreamBooth without Aux (the StyleRef term alone), StyleForge, and Multi-StyleForge, with the
-same number of steps and of StyleRef samples in a step. Resumable: what is done is passed over.
+same largest number of steps and of StyleRef samples in a step; the step search chooses each one's steps. The base never
+saw the styles where `idcore train tiny-sd --set without_styles=pencil,oil,cartoon` made it. Resumable: what is done is
+passed over.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ...env import command_line, machine
 from ...errors import told
-from ...metrics.gate import Judge, background_of
-from ...results import is_result
+from ...results import FACTS, is_result
 from ...systems.lora import load_lora
 from ...systems.styleforge import StyleWords
 from ...workflows import write_text
 from ..bases.tiny_sd import TinySDBase
 from .config import load_config
-from .drawn import Styles, person, place
+from .drawn import person, place
+from .exam import Exam
+from .experiment_page import report
 from .run import StyleData, train_styleforge
-from .search import draw
 
-TARGETS = {"duotone": "cartoon", "pencil": "cartoon", "cartoon": "oil", "oil": "cartoon"}  # and the Aux images' style
+TARGETS = {"pencil": "cartoon", "oil": "cartoon", "cartoon": "oil", "duotone": "cartoon"}  # and the Aux images' style
 METHODS = {
     "DreamBooth without Aux": ("loss.aux=0", "loop.batch=2"),
     "StyleForge": ("loop.batch=4",),
     "Multi-StyleForge": ("loop.batch=4",),
 }
+UNTRAINED = "no training"
 PEOPLE, PLACES, AUX = 10, 6, 16  # pictures
 REF_SEED, AUX_SEED = 5_100_000, 5_200_000  # of the people on them
-CHANGES = ("loop.steps=60", "loop.validate_every=0", "loop.save_every=1000", "loop.trackers=", "pictures.mix=false")
-SEEDS = (100,)  # of the pictures
-CONTENTS = {
-    "a person, blue background": "blue", "a man smiling, red background": "red", "a woman, green background": "green",
-    "a person looking left, yellow background": "yellow", "a man, pink background": "pink",
-    "a woman smiling, white background": "white",
-}  # fmt: skip
-EMPTY = ("an empty scene, blue background", "nobody, red background", "an empty background, green background")
-COLUMNS = {
-    "style": "target style", "background": "background as asked", "face": "face found", "nobody": "nobody where asked",
-    "plain": "photo without the word",
-}  # fmt: skip
-
-
-class Exam:
-    """Pictures by the prompts above, and what they show."""
-
-    def __init__(self, base: TinySDBase) -> None:
-        self.base, self.styles, self.faces = base, Styles(), Judge()
-
-    def __call__(self, target: str, words: StyleWords) -> tuple[dict[str, float], list[Image.Image]]:
-        """Shares of pictures, and the pictures of people and of nobody."""
-        shown = self._draw([words.person(c) for c in CONTENTS])
-        empty = self._draw([words.place(c) for c in EMPTY])
-        plain = self._draw([f"a photo of {c}" for c in CONTENTS])
-        colours = [c for c in CONTENTS.values() for _ in SEEDS]
-        figures = {
-            "style": _mean([s == target for s in self.styles(shown)]),
-            "background": _mean([background_of(p) == c for p, c in zip(shown, colours, strict=True)]),
-            "face": _mean([self.faces.embed(p) is not None for p in shown]),
-            "nobody": _mean([self.faces.embed(p) is None for p in empty]),
-            "plain": _mean([s == "photo" for s in self.styles(plain)]),
-        }
-        return figures, [*shown[:: len(SEEDS)], *empty[:: len(SEEDS)]]
-
-    def _draw(self, prompts: Sequence[str]) -> list[Image.Image]:
-        return draw(self.base, prompts, SEEDS, 64, 4, 1.0)
+CHANGES = ("loop.steps=200", "loop.validate_every=25", "loop.save_every=1000", "loop.trackers=", "pictures.mix=false")
+Say = Callable[[str], None]
 
 
 def data_of(target: str, seed: int, multi: bool) -> StyleData:
@@ -88,51 +56,69 @@ def data_of(target: str, seed: int, multi: bool) -> StyleData:
     return StyleData(None, aux, people, places) if multi else StyleData([*people, *places], aux)
 
 
+def words_of(method: str) -> StyleWords:
+    return StyleWords("[V] style", "[W] style" if method.startswith("Multi") else "")
+
+
 def run(
-    out: Path, seeds: Sequence[int], targets: Sequence[str], changes: Sequence[str], say: Callable[[str], None]
-) -> dict[str, Any]:
+    out: Path, seeds: Sequence[int], targets: Sequence[str], changes: Sequence[str], say: Say,
+    base: TinySDBase | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train and measure what is missing."""
     out.mkdir(parents=True, exist_ok=True)
-    base = TinySDBase.from_package()
+    base = base or TinySDBase.from_package()
     exam: Exam | None = None
     rows = []
     for seed in seeds:
         for target in targets:
-            for method in (*METHODS, *(["no training"] if seed == seeds[0] else [])):
+            for method in (*METHODS, *([UNTRAINED] if seed == seeds[0] else [])):
                 folder = out / f"seed{seed}" / target / method.replace(" ", "-")
                 if not (folder / "measures.json").exists():
-                    exam = exam or Exam(base)
+                    exam = exam or open_exam(base, out)
                     _one(exam, base, folder, (seed, target, method), changes, say)
                 rows.append({"seed": seed, "target": target, "method": method})
                 rows[-1] |= json.loads((folder / "measures.json").read_text())
-    judge = out / "judge.json"
-    if exam is not None:
-        write_text(judge, json.dumps({"right": exam.styles.right}))
-    return {"judge": json.loads(judge.read_text()), "rows": rows}
+    return {**json.loads((out / "exam.json").read_text()), "rows": rows}
+
+
+def open_exam(base: TinySDBase, out: Path) -> Exam:
+    """The exam on a base as it is; what is known of both goes to OUT/exam.json."""
+    exam = Exam(base)
+    exam.remember(words_of(""))
+    shipped = exam.by_word() if base.name == "tiny-sd" else Exam(TinySDBase.from_package()).by_word()
+    told_of = {"name": base.name, "by word": exam.by_word()}
+    config = Path(base.name) / "config.json"
+    if config.is_file():
+        told_of["training"] = json.loads(config.read_text()).get("training")
+    write_text(
+        out / "exam.json",
+        json.dumps({"judge": {"right": exam.styles.right, "shipped base by word": shipped}, "base": told_of}, indent=1),
+    )
+    return exam
 
 
 def _one(
-    exam: Exam, base: TinySDBase, folder: Path, what: tuple[int, str, str], changes: Sequence[str], say: Callable
+    exam: Exam, base: TinySDBase, folder: Path, what: tuple[int, str, str], changes: Sequence[str], say: Say
 ) -> None:
+    """Train one style by one method where it is not there yet, draw with it, write its measures."""
     seed, target, method = what
-    words, multi = (
-        StyleWords("[V] style", "[W] style" if method.startswith("Multi") else ""),
-        method.startswith("Multi"),
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    more: dict[str, float] = {}
+    on: Any = contextlib.nullcontext()
     if method in METHODS:
         config = load_config(None, [*CHANGES, *METHODS[method], *changes, f"loop.seed={seed}"], "tiny-sd")
-        made = folder / "model"
+        data, made, start = data_of(target, seed, method.startswith("Multi")), folder / "model", time.process_time()
         if not is_result(made):
             going_on = any(folder.glob("checkpoints/step-*"))
-            made = train_styleforge(config, data_of(target, seed, multi), folder, base=base, resume=going_on)
-        with load_lora(base.pipe, made / "styleforge.safetensors"):
-            figures, pictures = exam(target, words)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        figures, pictures = exam(target, words)
+            made = train_styleforge(config, data, folder, base=base, resume=going_on)
+            more["seconds"] = round(time.process_time() - start, 1)
+        more["step"] = json.loads((made / FACTS).read_text())["step"]
+        on = load_lora(base.pipe, made / "styleforge.safetensors")
+    with on:
+        figures, pictures = exam(target, words_of(method))
     _row(pictures).save(folder / "pictures.png")
-    write_text(folder / "measures.json", json.dumps(figures))
-    say(f"seed {seed}, {target}, {method}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+    write_text(folder / "measures.json", json.dumps(figures | more))
+    say(f"seed {seed}, {target}, {method}: " + ", ".join(f"{k} {v:.2f}" for k, v in (figures | more).items()))
 
 
 def _row(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -142,97 +128,14 @@ def _row(pictures: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def _mean(values: Sequence[Any]) -> float:
-    return float(np.mean(values))
-
-
-def report(out: Path, found: Mapping[str, Any], changes: Sequence[str], docs: Path) -> list[Path]:
-    """docs/results/styleforge.json, docs/styleforge-results.md and .png."""
-    rows = found["rows"]
-    seeds, targets = sorted({r["seed"] for r in rows}), list(dict.fromkeys(r["target"] for r in rows))
-    (docs / "results").mkdir(parents=True, exist_ok=True)
-    written = [docs / "results" / "styleforge.json", docs / "styleforge-results.md", docs / "styleforge-results.png"]
-    settings = [*CHANGES, *changes]
-    told_all = {"command": command_line(), "machine": machine(), "settings": settings, **found}
-    write_text(written[0], json.dumps(told_all, indent=1))
-    write_text(written[1], _words(rows, seeds, targets, found["judge"]["right"], settings))
-    _sheet(out, seeds[0], targets).save(written[2])
-    return written
-
-
-def _words(rows: Sequence[Mapping], seeds: list, targets: list, right: float, settings: Sequence[str]) -> str:
-    count = len(CONTENTS) * len(SEEDS)
-    said = (
-        f"LoRA on tiny-sd, {PEOPLE} pictures of people and {PLACES} of places in the style, {AUX} Aux images of people "
-        f"in another painted style, all drawn by the project. Means over {len(seeds)} seeds ({len(targets)} styles "
-        f"each) with the spread between the seeds; {count} pictures of people, {len(EMPTY) * len(SEEDS)} of nobody and "
-        f"{count} without the style's word a run. The style is told by a linear classifier that is right for "
-        f"{right:.1%} of drawings of unseen people; tiny-sd knows pencil, oil and cartoon by those words, duotone not "
-        "at all."
-    )
-    shown = f"First seed; for each style the rows are {', '.join(METHODS)}, no training:"
-    return "\n".join([
-        "# StyleForge on drawn styles", "", said, "",
-        "DreamBooth without Aux has the StyleRef term alone: the same steps and as many StyleRef samples in each. "
-        "Multi-StyleForge draws nobody by its second word. Photo without the word: how many pictures of prompts that "
-        "do not say the style are still photos.", "",
-        *_table(rows, seeds), "", "Share of pictures in the target style, by style:", "",
-        *_by_style(rows, seeds, targets), "",
-        f"Settings: `{' '.join(settings)}`. Runs: `docs/results/styleforge.json`. Again: "
-        "`python -m idcore.training.styleforge.experiment`.", "",
-        shown, "", "![pictures](styleforge-results.png)", "",
-    ])  # fmt: skip
-
-
-def _table(rows: Sequence[Mapping], seeds: Sequence[int]) -> list[str]:
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = [r for r in rows if r["method"] == method]
-        cells = [_cell([[r[k] for r in mine if r["seed"] == s] for s in seeds]) for k in COLUMNS]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _by_style(rows: Sequence[Mapping], seeds: Sequence[int], targets: Sequence[str]) -> list[str]:
-    lines = ["| | " + " | ".join(targets) + " |", "|---" * (len(targets) + 1) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = [r for r in rows if r["method"] == method]
-        cells = [
-            _cell([[r["style"] for r in mine if r["seed"] == s and r["target"] == t] for s in seeds]) for t in targets
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _cell(by_seed: Sequence[Sequence[float]]) -> str:
-    """The mean over the seeds' means, and their spread."""
-    means = [float(np.mean(v)) for v in by_seed if v]
-    return f"{np.mean(means):.2f}" + (f" ± {np.std(means):.2f}" if len(means) > 1 else "")
-
-
-def _sheet(out: Path, seed: int, targets: Sequence[str]) -> Image.Image:
-    """Pictures of one seed: a block for each style, a row for each method."""
-    names = [m.replace(" ", "-") for m in (*METHODS, "no training")]
-    found = [[Image.open(out / f"seed{seed}" / t / n / "pictures.png") for n in names] for t in targets]
-    width, line = found[0][0].width, 14
-    sheet = Image.new("RGB", (width, len(targets) * (line + 64 * len(names))), "white")
-    pen, y = ImageDraw.Draw(sheet), 0
-    for target, rows in zip(targets, found, strict=True):
-        pen.text((2, y + 1), target, fill="black")
-        y += line
-        for row in rows:
-            sheet.paste(row, (0, y))
-            y += 64
-    return sheet
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m idcore.training.styleforge.experiment", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/styleforge"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=None, help="write the report into this folder")
+    parser.add_argument("--base", type=Path, default=None, help="result of idcore train tiny-sd; default: the shipped")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--styles", default="duotone,pencil,cartoon", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--styles", default="pencil,oil,cartoon", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="of idcore train styleforge")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
@@ -241,8 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def all_of_it() -> None:
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         seeds, styles = [int(s) for s in options.seeds.split(",")], options.styles.split(",")
-        found = run(options.out, seeds, styles, options.changes, say)
-        for path in report(options.out, found, options.changes, options.docs or options.out / "report"):
+        base = TinySDBase.from_folder(options.base) if options.base else TinySDBase.from_package()
+        found = run(options.out, seeds, styles, options.changes, say, base)
+        settings = [*CHANGES, *options.changes]
+        for path in report(options.out, found, settings, options.docs or options.out / "report"):
             print(path)
 
     return told(all_of_it)
@@ -252,4 +157,4 @@ if __name__ == "__main__":
     sys.exit(main())
 
 
-__all__ = ["Exam", "report", "run"]
+__all__ = ["data_of", "report", "run"]

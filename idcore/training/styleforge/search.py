@@ -2,12 +2,14 @@
 
 The paper tunes the number of steps for each style and says neither how nor to what. Here a score is
 
-    style   = 1 - |mean features of the pictures - of StyleRef| / |the base's pictures - of StyleRef|
+    style   = 1 - |mean features of the pictures - of StyleRef| / |the base's pictures - of StyleRef|, each feature over
+              its spread between pictures
     content = with CLIP how well a picture agrees with its content's words, over the same of the base's picture;
               else how alike the coarse layouts of both pictures are (correlation of 8x8 shades)
-    score   = style + search.content * content
+    score   = style * content ** search.content
 
-so that the untrained base has style 0 and content 1. All of it is our choice.
+so that the untrained base has style 0 and content 1. A product: a picture without the style is worth nothing, however
+well it keeps its content. (With a sum the first steps won, which had lost nothing yet.) All of it is our choice.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...files import read_safetensors, write_safetensors
-from ...metrics.networks import feature_network
+from ...metrics.networks import Looker, feature_network
+from ...metrics.tiny_style import looks
 from ...systems.styleforge import StyleWords
 from ...workflows import write_text
 from ..bases.latent import LatentBase
@@ -32,6 +35,7 @@ from ..contract import Validation
 from ..losses.faces import as_bytes
 from .config import SearchSettings
 
+SIDE = 64  # pixels at which colours and textures are seen
 TILE, LINE, COLUMNS = 128, 14, 4  # of the sheet: pixels of a tile and of a line of text, tiles in a row
 RECORD = "search.json"
 
@@ -57,6 +61,17 @@ def draw(
     return out
 
 
+class Looks:
+    """Colours and textures of pictures at 64 x 64: shades, chroma, edges, grain, saturation; float32 [N, D]."""
+
+    key, words = "looks-v1", "colours and textures (not comparable with published FID or KID)"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        small = [p.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for p in pictures]
+        x = torch.from_numpy(np.stack([np.asarray(p) for p in small])).permute(0, 3, 1, 2).float() / 255
+        return looks(x).float().numpy()
+
+
 class StepSearch:
     """Draws, scores, keeps the best.
 
@@ -79,8 +94,9 @@ class StepSearch:
         self.base, self.settings, self.size, self.folder = base, settings, size, Path(folder)
         self.contents = list(settings.prompts)
         self.prompts = [words.person(c) for c in self.contents]
-        self.looker = feature_network(settings.features, base.device)
-        self.wanted = self.looker(list(style_ref)).mean(0)
+        embedded = settings.features == "embedded"
+        self.looker: Looker = Looks() if embedded else feature_network(settings.features, base.device)
+        self.wanted = self.looker(list(style_ref))
         self.record: dict[str, Any] = self._read()
 
     def __call__(self, module: nn.Module, step: int) -> Validation:
@@ -131,14 +147,16 @@ class StepSearch:
                 f"step search: {file} is missing, which the run wrote at its first step; begin anew in another --out"
             )
         base = {k: t.numpy() for k, t in read_safetensors(file, what="step search")[0].items()}
-        away = np.linalg.norm(base["features"].mean(0) - self.wanted)
-        style = 1 - np.linalg.norm(features.mean(0) - self.wanted) / max(float(away), 1e-12)
+        spread = np.sqrt((self.wanted.var(0) + base["features"].var(0)) / 2)
+        spread = spread + 1e-2 * spread.mean() + 1e-12  # what hardly varies does not decide
+        away, now = (np.linalg.norm((f.mean(0) - self.wanted.mean(0)) / spread) for f in (base["features"], features))
+        style = 1 - float(now) / max(float(away), 1e-12)
         if content.ndim == 1:
             kept = content.mean() / max(float(base["content"].mean()), 1e-6)
         else:
             kept = (content * base["content"]).sum(1).mean()
-        score = float(style) + self.settings.content * float(kept)
-        return {"style": float(style), "content": float(kept), "score": score}
+        score = style * max(float(kept), 0.0) ** self.settings.content if style > 0 else style
+        return {"style": style, "content": float(kept), "score": score}
 
     # -- what is kept -------------------------------------------------------------------------------------
 
