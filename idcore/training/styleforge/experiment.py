@@ -43,7 +43,10 @@ METHODS = {
 UNTRAINED = "no training"
 PEOPLE, PLACES, AUX = 10, 6, 16  # pictures
 REF_SEED, AUX_SEED = 5_100_000, 5_200_000  # of the people on them
-CHANGES = ("loop.steps=200", "loop.validate_every=25", "loop.save_every=1000", "loop.trackers=", "pictures.mix=false")
+CHANGES = (
+    "loop.steps=400", "loop.validate_every=50", "search.patience=0", "loop.save_every=1000", "loop.trackers=",
+    "pictures.mix=false",
+)  # fmt: skip
 Say = Callable[[str], None]
 
 
