@@ -30,14 +30,21 @@ def test_train_demo_in_small(tmp_path):
 
 def test_ablation_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "PICTURES", 4)
-    monkeypatch.setattr(ablation, "BRANCHES", {k: ablation.BRANCHES[k] for k in ("naive one-step ID loss", "stage 3")})
+    branches = ["naive one-step ID loss", "stage 2", "stage 3"]
+    monkeypatch.setattr(ablation, "BRANCHES", {k: ablation.BRANCHES[k] for k in branches})
     more = {"base": "tiny-sd", "one_start": True, "say": lambda text: None}
     rows = ablation.run(tmp_path / "run", [0, 1], SMALL, **more)
-    branches = ["naive one-step ID loss", "stage 3"]
     assert [r["run"] for r in rows] == ["stage 1", *branches, *branches]
     assert all({"distance", "rank1", "found", "adherence", "semantic", "layout"} <= set(r) for r in rows)
     monkeypatch.setattr(ablation, "train_pulid", lambda *a, **k: pytest.fail("trained again"))
     assert ablation.run(tmp_path / "run", [0, 1], SMALL, **more) == rows
+    starts = {
+        "naive-one-step-ID-loss/stage2": "seed0/first",
+        "stage-2/stage2": "seed0/first",
+        "stage-3/stage3": "seed1/stage-2",
+    }
+    for at, start in starts.items():
+        assert f"run/{start}/model/" in (tmp_path / "run/seed1" / at / "model/README.md").read_text()
     written = ablation.report(tmp_path / "run", rows, tmp_path / "docs")
     assert [p.name for p in written] == [
         "pulid-ablation.json", "pulid-ablation.md", "pulid-ablation-people.png", "pulid-ablation.png",

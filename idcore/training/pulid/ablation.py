@@ -2,18 +2,20 @@
 
     python -m idcore.training.pulid.ablation --out runs/ablation --docs docs
 
-Of each seed: stage 1, and from its weights, with the same steps and data, the naive one-step identity loss, stage 2
-(L_id through four steps) and stage 3 (+ L_align). All are measured on drawn people whom no training saw (`exam`).
-Resumable: what is done is passed over, what was stopped goes on.
+Of each seed: stage 1; from its weights the naive one-step identity loss, and stage 2 (L_id through four steps); from
+stage 2's weights stage 3 (+ L_align), with the base's own weights of the alignment and with the paper's. All with the
+same data and as many steps, measured on drawn people whom no training saw (`exam`). Resumable: what is done is passed
+over, what was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,28 @@ from .run import train_pulid
 
 # Our choice: what shows the order in the time of two CPU cores.
 CHANGES = (
-    "stage1.steps=400", "stage2.steps=40", "stage3.steps=40", "loop.precision=bf16", "loop.validate_every=0",
-    "loop.trackers=", "loop.save_every=40", "loop.keep=1",
+    "stage1.steps=400", "stage2.steps=100", "stage3.steps=100", "loop.precision=bf16", "loop.validate_every=0",
+    "loop.trackers=", "loop.save_every=50", "loop.keep=1",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A training after another one: which stage, whose weights it begins with, settings of `loss` that differ."""
+
+    stage: int
+    after: str
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+
+FIRST = "stage 1"
 BRANCHES = {
-    "naive one-step ID loss": (2, {"through": "one"}),
-    "stage 2": (2, {}),
-    "stage 3": (3, {}),
+    "naive one-step ID loss": Branch(2, FIRST, {"through": "one"}),
+    "stage 2": Branch(2, FIRST),
+    "stage 3": Branch(3, "stage 2"),
+    "stage 3, paper's weights": Branch(3, "stage 2", {"identity": 1.0, "semantic": 0.6, "layout": 0.1}),
 }
-_TITLE = "stage 1, then stage 2 and stage 3, each from the weights of stage 1 (first seed)"
+_TITLE = "stage 1, then stage 2, then stage 3 (first seed)"
 PICTURES = 800
 SHEET = "exam.png"
 COLUMNS = {
@@ -69,7 +84,7 @@ def run(
     exam: Exam | None = None
     rows = []
     for seed in seeds:
-        first = out / f"seed{seeds[0] if one_start else seed}" / "first"
+        first = out / f"seed{seeds[0] if one_start else seed}" / _folder(FIRST)
         for name, folder in _trained(config, source, out / f"seed{seed}", first, seed, say):
             file = folder / "measures.json"
             if not file.exists():
@@ -87,12 +102,19 @@ def run(
 def _trained(config: PuLIDTrainConfig, source: Any, out: Path, start: Path, seed: int, say: Any):
     """(name, result folder) of the runs of one seed, each trained when it is asked for."""
     seeded = replace(config, loop=replace(config.loop, seed=seed))
-    first = _one(seeded, source, start, 1, say)
+    made = {FIRST: _one(seeded, source, start, 1, say)}
     if start.parent == out:
-        yield "stage 1", first
-    for name, (stage, loss) in BRANCHES.items():
-        made = replace(seeded, init=str(first / "pulid.safetensors"), loss=replace(config.loss, **loss))
-        yield name, _one(made, source, out / name.replace(" ", "-"), stage, say)
+        yield FIRST, made[FIRST]
+    for name, branch in BRANCHES.items():
+        own = replace(
+            seeded, init=str(made[branch.after] / "pulid.safetensors"), loss=replace(config.loss, **branch.loss)
+        )
+        made[name] = _one(own, source, out / _folder(name), branch.stage, say)
+        yield name, made[name]
+
+
+def _folder(name: str) -> str:
+    return "first" if name == FIRST else re.sub(r"[^a-zA-Z0-9]+", "-", name)
 
 
 def _one(config: PuLIDTrainConfig, source: Any, out: Path, stage: int, say: Any) -> Path:
@@ -129,9 +151,8 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path, settings: S
 
 def _sheets(out: Path, seed: int) -> dict[str, Path]:
     """The exam's pictures of the first seed, by name."""
-    runs = {"stage 1": "first", **{name: name.replace(" ", "-") for name in BRANCHES}}
     found = {"photo": out / "photos.png", "no identity": out / SHEET}
-    return found | {name: out / f"seed{seed}" / at / "model" / SHEET for name, at in runs.items()}
+    return found | {name: out / f"seed{seed}" / _folder(name) / "model" / SHEET for name in (FIRST, *BRANCHES)}
 
 
 def _words(table: Sequence[str], seeds: Sequence[int], counts: Mapping[str, int], settings: Sequence[str]) -> str:
@@ -162,9 +183,12 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _curves(out: Path, seed: int) -> dict[str, tuple[list, list]]:
-    """Training records of the first seed's stage 1, and of stages 2 and 3 after it."""
-    runs = {"stage 1": "first/stage1", "stage 2": "stage-2/stage2", "stage 3": "stage-3/stage3"}
-    found = {name: read_lines(out / f"seed{seed}" / at / "losses.jsonl") for name, at in runs.items()}
+    """Training records of the first seed's stages, one after the other."""
+    runs = {FIRST: 1, **{name: BRANCHES[name].stage for name in ("stage 2", "stage 3") if name in BRANCHES}}
+    found = {
+        name: read_lines(out / f"seed{seed}" / _folder(name) / f"stage{stage}" / "losses.jsonl")
+        for name, stage in runs.items()
+    }
     return {name: (lines, []) for name, lines in found.items() if lines}
 
 
