@@ -51,3 +51,10 @@ def test_ablation_in_small(tmp_path, monkeypatch):
     ]  # fmt: skip
     text = written[1].read_text()
     assert "| stage 3 |" in text and "| no identity |" in text and "stage 1 1, naive one-step ID loss 2" in text
+
+
+def test_report_says_what_stage_3_keeps_of_each_seed():
+    far = {("stage 2", 0): 0.4, ("stage 3", 0): 0.42, ("stage 2", 1): 0.44, ("stage 3", 1): 0.46, ("stage 2", 2): 0.6}
+    rows = [{"seed": seed, "run": name, "distance": d} for (name, seed), d in far.items()]
+    assert ablation._kept(rows, {"distance": 0.5})[-1].endswith("over no identity: stage 3 0.733 ± 0.067.")
+    assert ablation._kept(rows[4:], {"distance": 0.5}) == []  # nothing was gained

@@ -142,7 +142,7 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path, settings: S
         mine = [r for r in rows if r["run"] == name]
         lines.append(f"| {name} | " + " | ".join(_cell([r[k] for r in mine if k in r]) for k in COLUMNS) + " |")
     counts = {name: sum(r["run"] == name for r in rows) for name in names}
-    write_text(written[1], _words(lines, seeds, counts, settings))
+    write_text(written[1], _words([*lines, *_kept(rows, bare)], seeds, counts, settings))
     written.append(docs / "pulid-ablation-people.png")
     side_by_side(_sheets(out, seeds[0])).quantize().save(written[-1])
     curves = _curves(out, seeds[0])
@@ -155,6 +155,19 @@ def _sheets(out: Path, seed: int) -> dict[str, Path]:
     return found | {name: out / f"seed{seed}" / _folder(name) / "model" / SHEET for name in (FIRST, *BRANCHES)}
 
 
+def _kept(rows: Sequence[Mapping[str, Any]], bare: Mapping[str, float]) -> list[str]:
+    """A line below the table: what stage 3 keeps of the distance that stage 2 of the same seed gains."""
+    gain = {r["seed"]: bare["distance"] - r["distance"] for r in rows if r["run"] == "stage 2"}
+    parts = []
+    for name in (n for n, b in BRANCHES.items() if b.after == "stage 2"):
+        mine = [r for r in rows if r["run"] == name and gain.get(r["seed"], 0) > 0]
+        shares = [(bare["distance"] - r["distance"]) / gain[r["seed"]] for r in mine]
+        parts += [f"{name} {_cell(shares)}"] if shares else []
+    if not parts:
+        return []
+    return ["", f"Kept of what stage 2 gains in distance over no identity: {'; '.join(parts)}."]
+
+
 def _words(table: Sequence[str], seeds: Sequence[int], counts: Mapping[str, int], settings: Sequence[str]) -> str:
     of = ", ".join(f"{name} {n}" for name, n in counts.items())
     return "\n".join([
@@ -162,12 +175,14 @@ def _words(table: Sequence[str], seeds: Sequence[int], counts: Mapping[str, int]
         f"Table 2 of the paper repeated on tiny-sd, the shipped 64 px model: means over {len(seeds)} seed(s) "
         f"(runs: {of}), with the deviation between several. {examining.PEOPLE} drawn people whom no training saw, "
         f"{len(examining.PROMPTS)} prompts each, four steps without guidance; the right person is one of {GALLERY}. "
+        "Stage 2 and the naive form begin with stage 1's weights, stage 3 with stage 2's, once with tiny-sd's factors "
+        "of L_id and L_align and once with the paper's (1, 0.6, 0.1). "
         "\"prompt followed\": share of the asked backgrounds, styles, expressions and poses that judges find. "
         "The alignment's distances are mean squares between the paths with and without identity. The recogniser that "
         "conditions and trains also judges: distances favour what it sees.", "",
         *table, "",
         f"Changed settings: `{' '.join(settings)}`.", "",
-        "Runs and settings: `docs/results/pulid-ablation.json`. Again: `python -m idcore.training.pulid.ablation`.", "",
+        f"Runs and settings: `docs/results/pulid-ablation.json`. Again: `{command_line()}`.", "",
         "People of the exam, first seed; a photo before blue, smiling before green, looking left before red, a "
         "pencil drawing before pink:", "",
         "![unseen people](pulid-ablation-people.png)", "",
