@@ -15,6 +15,7 @@ from idcore.results import read_result
 from idcore.systems.lora import load_lora
 from idcore.systems.styleforge import StyleWords, style_words
 from idcore.training.contract import Step
+from idcore.training.styleforge.config import SearchSettings
 from idcore.training.styleforge.drawn import person, place
 from idcore.training.styleforge.run import StyleData, check_mix, open_pictures, split_style_ref, train_styleforge
 from idcore.training.styleforge.search import StepSearch, draw
@@ -234,6 +235,13 @@ class TestSearch:
         write_safetensors(tmp_path / "base.safetensors", kept)
         style = [search._scored(search.looker(p), layout)["style"] for p in (photo, sepia, pencil)]
         assert style[0] == pytest.approx(0, abs=1e-5) and style[2] > 0.25 and style[2] > style[1] + 0.1
+
+    def test_a_style_that_comes_late_is_waited_for(self, tmp_path):
+        """Scores as Multi-StyleForge had them on a base that never saw the style."""
+        search = self.search_of(tmp_path, f"search.patience={SearchSettings().patience}")
+        scores = (-0.14, 0.07, -0.07, -0.02, 0.05, 0.24, 0.29)
+        search.record = {"best": 2, "scores": {str(i + 1): {"score": s} for i, s in enumerate(scores)}}
+        assert not any(search.enough(i + 1) for i in range(len(scores)))
 
     def test_an_interrupted_search_goes_on(self, tmp_path):
         one = train_styleforge(settings(*self.CONFIG), data(), tmp_path / "one", base=base_of())

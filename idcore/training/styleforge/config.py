@@ -78,7 +78,10 @@ class SearchSettings:
         "Contents, put into words.template; none of the training's pictures shows them",
     )
     seeds: tuple[int, ...] = setting((0,), "Of each prompt's pictures", low=0)
-    patience: int = setting(3, "Scores without a better one before the end; 0: all steps", low=0)
+    patience: int = setting(
+        5, "Scores without a better one before the end; 0: all steps. With Aux a style may come late, and then at once",
+        low=0,
+    )  # fmt: skip
     content: float = setting(
         1.0, "Weight of what the picture shows against its style: score = style * content^this", low=0
     )
