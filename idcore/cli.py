@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +93,7 @@ def ui(
     faces: Faces = "embedded",
     device: Annotated[str | None, typer.Option(help="Default: CUDA where it is usable (SDXL).")] = None,
     host: Annotated[str, typer.Option(help="Address; there is no authentication.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
     """An app in the browser: photos, prompt, pictures with their similarity. Nothing leaves this machine."""
@@ -235,13 +234,7 @@ def env(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: errors of ours are one clear text and exit status 1 (128 + signal for a training that a signal
-    stopped), no traceback.
-
-    transformers and diffusers are held to errors unless their own variables say otherwise: their warnings speak to who
-    calls them, not to who types a command.
-    """
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    stopped), no traceback."""
     sys.exit(told(app))
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from .encoders.images import ImageLike
 from .env import command_line, machine
 from .errors import InputError
+from .workflows import save_picture, writable_folder, write_text
 
 PHOTO = Path(__file__).resolve().parent / "assets" / "photos" / "astronaut.png"
 TILE, LINE = 128, 14  # pixels of a picture in the grid and of a line of text
@@ -33,7 +34,8 @@ def run_demo(
         The object of demo.json: machine, command, procedural, real, seconds, pictures.
 
     Raises:
-        NoFaceError: no face in the photo. InputError: out_dir is a file. WeightsError: no embedded model.
+        NoFaceError: no face in the photo. InputError: out_dir cannot be written. WeightsError: no embedded model.
+        IdcoreError: the disk is full.
     """
     from .metrics.gate import Judge, gate_people, print_progress, procedural_gate, real_gate
     from .sampling.tiny_pipeline import TinyPipeline
@@ -42,10 +44,10 @@ def run_demo(
     out = Path(out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the demo's pictures")
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out)
     pipe, judge = TinyPipeline.from_package(), Judge()
     picture = _load(photo)
-    identity = pipe.encode(picture)
+    identity = pipe.encode(PHOTO if photo is None else photo)
     result: dict[str, Any] = {"machine": machine(), "command": command_line()}
     if gate:
         result["procedural"], others = procedural_gate(pipe, judge, progress=print_progress)
@@ -56,7 +58,7 @@ def run_demo(
     result["pictures"] = _save(out, picture, rows)
     result["seconds"] = round(time.perf_counter() - start, 1)
     result["words"] = words(result)
-    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(out / "demo.json", json.dumps(result, indent=1))
     print(result["words"], file=sys.stderr if as_json else sys.stdout)
     return result
 
@@ -92,12 +94,11 @@ def _save(out: Path, photo: Image.Image, rows: list[dict]) -> list[str]:
     prompts = list(dict.fromkeys(r["prompt"] for r in rows))
     per = {p: [r for r in rows if r["prompt"] == p] for p in prompts}
     paths = [out / "grid.png"]
-    _grid(photo, prompts, per).save(paths[0])
+    save_picture(_grid(photo, prompts, per), paths[0])
     for k, prompt in enumerate(prompts):
         for row in per[prompt]:
             path = out / f"prompt{k}_seed{row['seed']}.png"
-            row["picture"].save(path)
-            paths.append(path)
+            paths.append(save_picture(row["picture"], path))
     return [str(p) for p in paths]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ def generate_pictures(r: GenerateRequest, say: Callable[[str], Any] = lambda tex
     seeds = range(r.seed, r.seed + r.count)
     plain: list[Image.Image] = []
     if is_tiny(r.base):
-        made, info = _generate_tiny(r)
+        made, info = _generate_tiny(r, say)
     else:
         from .generating_styles import unsaid_words
 
@@ -199,8 +200,15 @@ def _generate_on_base(
     from .generating_likeness import compared, in_words, photos_of
     from .generating_regions import masks_of
 
-    with _bar(r.count * (2 if r.compare else 1)) as bar:
-        made, plain = pictures_of_base(r, seeds, bar.update)
+    with contextlib.ExitStack() as ending:
+        bars: list[Any] = []
+
+        def done(count: int) -> None:
+            if not bars:  # once the base is open: a bar beside an error would only be in its way
+                bars.append(ending.enter_context(_bar(r.count * (2 if r.compare else 1))))
+            bars[0].update(count)
+
+        made, plain = pictures_of_base(r, seeds, done)
     found = compared(r, made, plain, masks_of(r, len(r.people())))
     for line in in_words(found, photos_of(r)) if found else ():
         say(line)
@@ -213,27 +221,47 @@ def _bar(total: int):
     return tqdm(total=total, unit="picture", desc="generate")
 
 
-TINY_LACKS = ("masks", "layout", "styles", "background", "unet_weights", "quantize", "offload")
+# What the embedded model cannot do: options that must be as they are when not given.
+TINY_LACKS = (
+    "negative", "guidance", "width", "height", "weights", "vision", "parsing", "retinaface", "placeholder", "masks",
+    "layout", "styles", "style_scale", "background", "person_region", "sampler", "runner", "quantize", "offload",
+    "unet_weights", "config",
+)  # fmt: skip
 
 
-def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any]]:
-    from .generating_likeness import judge_of, likeness
+def _check_tiny(r: GenerateRequest) -> None:
+    """Refuse what the embedded model would not do."""
+    usual = {f.name: f.default for f in fields(r)} | ({"guidance": 1.0} if r.guidance == 1 else {})
+    given = [n for n in TINY_LACKS if getattr(r, n) != usual[n]]
+    given = [f"--{ {'masks': 'mask', 'styles': 'style'}.get(n, n).replace('_', '-') }" for n in given]
+    if r.preset is not None and not is_result(r.system):
+        given.append("--preset")
+    if given or len(r.people()) > 1:
+        what = ", ".join(given) or "several --id"
+        raise InputError(
+            f'generate: {what}: base "tiny" draws one person everywhere, in 64x64, with a system and a sampler of its '
+            "own and without guidance; leave that out, or give --base FOLDER for SDXL or SD 1.5, or --base tiny-sd"
+        )
+
+
+def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[Image.Image], dict[str, Any]]:
+    from .generating_likeness import judge_of, likeness, photos_of, summary_line
     from .generating_people import is_saved
     from .identity import Identity
     from .sampling.tiny_pipeline import TinyPipeline
+    from .sampling.tiny_text import unknown_words
 
     if r.system not in ("auto", "tiny") and not is_result(r.system):
         raise InputError(
             f'generate: base "tiny" works with system "tiny" or the result folder of a training on it, got '
             f"{r.system!r}; give --base FOLDER for SDXL"
         )
+    _check_tiny(r)
     pipe = TinyPipeline.from_package() if r.base == "tiny" else TinyPipeline.from_folder(r.base)
-    given = [f"--{n.replace('_', '-').removesuffix('s')}" for n in TINY_LACKS if getattr(r, n)]
-    if given or len(r.people()) > 1:
-        what = ", ".join(given) or "several --id"
-        raise InputError(
-            f'generate: {what}: base "tiny" draws one person everywhere; give --base FOLDER for SDXL or SD 1.5, or '
-            "--base tiny-sd"
+    if unread := unknown_words(r.prompt):
+        say(
+            f"the embedded model never learned: {', '.join(unread)}. It draws heads of people, with backgrounds, "
+            "styles, smiles and views by a few words"
         )
     who = next(iter(r.people()), None)
     photo = who is not None and not is_saved(who)
@@ -248,15 +276,16 @@ def _generate_tiny(r: GenerateRequest) -> tuple[list[Image.Image], dict[str, Any
             part = seeds[k : k + TINY_BATCH]
             pictures += pipe(
                 r.prompt, identity, id_scale=next(iter(r.scales([0]))), num_inference_steps=r.steps, seed=part,
-                num_images_per_prompt=len(part),
+                num_images_per_prompt=len(part), id_guidance_start=r.id_start, id_guidance_end=r.id_end,
             )  # fmt: skip
             bar.update(len(part))
-    info: dict[str, Any] = {}
-    if photo:
-        judge = judge_of(r)
-        values = likeness(who, pictures, judge, choose=r.choose)
-        info["similarity"] = {"measure": judge.measure.describe(), "values": values}
-    return pictures, info
+    shown = next(iter(photos_of(r)), None)
+    if shown is None:
+        return pictures, {}
+    judge = judge_of(r)
+    values = likeness(shown, pictures, judge, choose=r.choose)
+    say(f"{summary_line(shown.name, values, judge.measure)}\n{judge.measure.describe()}")
+    return pictures, {"similarity": {"measure": judge.measure.describe(), "values": values}}
 
 
 def _result_system(r: GenerateRequest, *, for_photos: bool) -> Any:

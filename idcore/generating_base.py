@@ -31,7 +31,7 @@ def pictures_of_base(
     Args:
         r: the request; its base is "tiny-sd", a folder, or with `config` one file.
         seeds: of the pictures.
-        done: called with 1 after each.
+        done: called with 0 before the first, with 1 after each.
 
     Returns:
         The pictures; and where `r.compare` is set the same without the styles, else none.
@@ -48,6 +48,7 @@ def pictures_of_base(
     rounds: list[list[Image.Image]] = [[], []]
     for made in rounds if r.compare else rounds[:1]:
         with artist.scene(r.prompt, parties, masks) as draw:
+            done(0)
             for seed in seeds:
                 made.append(draw(seed))
                 done(1)
@@ -212,12 +213,13 @@ def _sd15(r: GenerateRequest, system: Any) -> Any:
     import torch
     from diffusers import StableDiffusionPipeline
 
+    from .sampling.loading import dtype_option
     from .sampling.sdxl import few_step_scheduler
 
     cuda = torch.cuda.is_available()
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            Path(r.base), local_files_only=True, torch_dtype=torch.float16 if cuda else torch.float32
+            Path(r.base), local_files_only=True, **dtype_option(torch.float16 if cuda else torch.float32)
         )
     except (OSError, ValueError, KeyError) as e:
         raise WeightsError(f"generate: {r.base} does not load as a StableDiffusionPipeline: {e}") from e

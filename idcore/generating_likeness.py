@@ -127,10 +127,9 @@ def _loss(values: Sequence[float | None], plain: Sequence[float | None], smaller
 
 def in_words(found: dict[str, Any], photos: Sequence[Path | None]) -> list[str]:
     """A line per person for the screen; files' names stay on this machine."""
-    lines, kind = [], {"l2": "distance", "cosine": "similarity"}[found["kind"]]
+    lines = []
     for one in found["people"]:
-        n, name = len(one["values"]), photos[one["person"]].name
-        line = f"{name}: mean {kind} {_number(one['mean'])}, face found in {one['found']} of {n}"
+        line = _line(photos[one["person"]].name, one["values"], found["kind"])
         if "loss" in one:
             line += (
                 f"; without style {_number(one['mean_without_style'])}: the style takes {_number(one['loss'])} of the "
@@ -138,6 +137,16 @@ def in_words(found: dict[str, Any], photos: Sequence[Path | None]) -> list[str]:
             )
         lines.append(line)
     return [*lines, found["measure"]]
+
+
+def summary_line(name: str, values: Sequence[float | None], measure: Any) -> str:
+    """Mean and share of faces found, in words."""
+    return _line(name, values, measure.name)
+
+
+def _line(name: str, values: Sequence[float | None], kind: str) -> str:
+    told, s = {"l2": "distance", "cosine": "similarity"}[kind], _summary(values)
+    return f"{name}: mean {told} {_number(s['mean'])}, face found in {s['found']} of {len(values)}"
 
 
 def _number(v: float | None) -> str:

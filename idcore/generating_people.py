@@ -123,11 +123,29 @@ def system_of(r: GenerateRequest, found: Sequence[Identity | None]) -> Any:
 
     photo = any(f is None for f in found)
     in_attention = [f for f in found if f is not None and system_for(f) is None]
+    _check_base_of(r, photo, in_attention)
     if not photo and (not in_attention or _banked(r, in_attention)):
         return None
     names = ("weights", "vision", "parsing", "retinaface", "faces")
     files = chosen_files(r.system, {n: getattr(r, n) for n in names}, for_photos=photo)
     return load_system(**files, policy=face_choice(r.choose), preset=preset_of(r.system, r.preset), for_photos=photo)
+
+
+def _check_base_of(r: GenerateRequest, photo: bool, in_attention: Sequence[Identity]) -> None:
+    """What the name of the base tells before any weights are looked for."""
+    from .generating import is_tiny_sd
+
+    if any(p.system == "tiny" for p in in_attention):
+        raise InputError(
+            "generate: an identity of the embedded model (`idcore encode` without --system) is drawn by --base tiny "
+            "alone; leave --base out, or encode the photo for this base: idcore encode PHOTO --system pulid-v1.1"
+        )
+    if photo and is_tiny_sd(r.base) and r.system == "auto" and r.weights is None:
+        raise InputError(
+            "generate: nothing that ships reads a photo for tiny-sd. Learn the person first: idcore train sefi-ide "
+            "--images PHOTO --class-word person --out RUN, then --id RUN/model; or train an encoder (dreamidentity, "
+            "pulid --base tiny-sd) and give --system RUN/model"
+        )
 
 
 def _banked(r: GenerateRequest, people: Sequence[Identity]) -> bool:

@@ -53,6 +53,12 @@ def encode_photos(
     if system == "tiny":
         if bank is not None:
             raise InputError("encode: --bank keeps keys and values of an adapter; the embedded model has none")
+        files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface}
+        if given := [f"--{name}" for name, file in files.items() if file is not None]:
+            raise InputError(
+                f'encode: {", ".join(given)}: system "tiny" reads photos with what is embedded; say whose the files '
+                "are: --system auto (what --weights holds), pulid, faceid, instantid or dreamidentity"
+            )
         from .sampling.tiny_pipeline import TinyPipeline
 
         return TinyPipeline.from_package().encode(list(photos), analyzer(faces), face_choice(choose))
@@ -178,16 +184,17 @@ def fetch_weights(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
     """What `idcore fetch` does; returns the lines for standard output. See `idcore fetch --help` for the arguments."""
+    from .recipes import RECIPES, recipe
+
+    if not names and bundle is None and from_bundle is None:
+        return [f"{r.name:22} {r.what}; {r.licence}" for r in RECIPES.values()]
     from . import hub
     from .bundle import export_bundle, import_bundle
-    from .recipes import RECIPES, recipe
 
     if from_bundle is not None and (names or bundle):
         raise InputError("fetch: --from-bundle takes what is in the bundle; give it alone")
     if from_bundle is not None:
         return import_bundle(from_bundle, home, say)
-    if not names:
-        return [f"{r.name:22} {r.what}; {r.licence}" for r in RECIPES.values()]
     names = [n for name in names for n in ([*recipe(name).needs, name] if needs else [name])]
     names = list(dict.fromkeys(names))
     if bundle is not None:

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# Commands that tests call in this process would otherwise hold the libraries to errors for the tests after them.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "warning")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
 # Kept graphs do not notice that the fake form of one of our ops has changed since.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")

@@ -1,6 +1,8 @@
 """The package: what it exports, how light its import is, what it carries."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -81,3 +83,36 @@ def test_a_command_tells_errors_in_one_line(capsys):
     assert told(lambda: None) == 0 and told(lambda: 3) == 3
     assert told(fails) == 1
     assert capsys.readouterr().err == "error: wanted this, got that\n"
+
+
+def test_a_command_tells_what_the_disk_refuses_and_ctrl_c(capsys):
+    from idcore.errors import told
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/a.png")
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert told(full) == 1
+    assert "No space left on device: 'out/a.png'; free some space there" in capsys.readouterr().err
+    assert told(stopped) == 130 and capsys.readouterr().err == "stopped\n"
+    with pytest.raises(FileNotFoundError):  # a fault of ours keeps its traceback
+        told(lambda: open("/no/such/file"))
+
+
+def test_commands_hold_libraries_to_errors_unless_told_otherwise(monkeypatch):
+    from diffusers.utils import logging
+
+    from idcore.errors import quiet_libraries
+
+    before = logging.get_verbosity()
+    try:
+        monkeypatch.setenv("DIFFUSERS_VERBOSITY", "warning")
+        quiet_libraries()
+        assert logging.get_verbosity() == before
+        monkeypatch.delenv("DIFFUSERS_VERBOSITY")
+        quiet_libraries()
+        assert logging.get_verbosity() == logging.ERROR and os.environ["DIFFUSERS_VERBOSITY"] == "error"
+    finally:
+        logging.set_verbosity(before)

@@ -1,5 +1,6 @@
 """`python -m idcore.bench COMMAND`."""
 
+from ..errors import told
 from .main import main
 
-raise SystemExit(main())
+raise SystemExit(told(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,35 @@ def load_pipeline(base: str | os.PathLike, *, local_files_only: bool = True, **o
     """
     from diffusers import StableDiffusionXLPipeline
 
+    check_base(base)
+    path = Path(base)
+    options = {"add_watermarker": False} | options
+    if "torch_dtype" in options:
+        options |= dtype_option(options.pop("torch_dtype"))
+    try:
+        return StableDiffusionXLPipeline.from_pretrained(base, local_files_only=local_files_only, **options)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        more = "" if path.exists() or not local_files_only else "; to download it give local_files_only=False"
+        raise WeightsError(f"{base} does not load as an SDXL pipeline: {e}{more}") from e
+
+
+def dtype_option(dtype: torch.dtype | None) -> dict[str, Any]:
+    """The dtype as an argument of diffusers' `from_pretrained`, which renamed it and warns about the older name."""
+    from diffusers.utils import deprecation_utils
+
+    return {"dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype": dtype}
+
+
+def check_base(base: str | os.PathLike) -> None:
+    """Raise WeightsError for what can be no pipeline: no folder in diffusers' layout, and no hub id by its form."""
     path = Path(base)
     if path.exists() and not (path / "model_index.json").is_file():
         raise WeightsError(
             f"{path} has no model_index.json; wanted a folder with an SDXL pipeline in diffusers' layout, or for one "
             "file from_single_file"
         )
-    options = {"add_watermarker": False} | options
-    try:
-        return StableDiffusionXLPipeline.from_pretrained(base, local_files_only=local_files_only, **options)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        more = "" if path.exists() or not local_files_only else "; to download it give local_files_only=False"
-        raise WeightsError(f"{base} does not load as an SDXL pipeline: {e}{more}") from e
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)):
+        raise WeightsError(f"{path} does not exist; wanted a folder with an SDXL pipeline in diffusers' layout")
 
 
 def load_single_file(

@@ -24,6 +24,16 @@ WORDS = tuple(
 )
 
 
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt, in lower case."""
+    return re.findall(r"[^\W\d_]+", prompt.lower())
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """Words of a prompt that training never showed; they act like noise."""
+    return list(dict.fromkeys(w for w in words_of(prompt) if w not in WORDS))
+
+
 class WordTokenizer:
     """Lower-case words to ids: known words by table, others by one of `buckets` CRC-32 buckets.
 
@@ -44,7 +54,7 @@ class WordTokenizer:
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise InputError(f"a prompt is a string, got {type(prompt).__name__}; write what to draw in words")
-            words = re.findall(r"[^\W\d_]+", prompt.lower())[: self.length - 1]
+            words = words_of(prompt)[: self.length - 1]
             ids = [START] + [self._id(w) for w in words]
             out[row, : len(ids)] = torch.tensor(ids)
         return out

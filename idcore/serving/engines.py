@@ -188,9 +188,11 @@ def load_engine(
             )
         return TinyEngine(TinyPipeline.from_package() if base == "tiny" else TinyPipeline.from_folder(base))
     from ..sampling.id_pipeline import IDPipeline
+    from ..sampling.loading import check_base
     from ..systems.loading import load_system
     from ..workflows import chosen_files
 
+    check_base(base)
     files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
     loaded = load_system(**chosen_files(system, files, for_photos=for_photos), preset=preset, for_photos=for_photos)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

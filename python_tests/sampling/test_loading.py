@@ -45,7 +45,7 @@ def saved(tensors, path):
     return path
 
 
-def test_a_folder(folder):
+def test_a_folder(folder, recwarn):
     pipe = idcore.IDPipeline.from_pretrained(folder)
     assert pipe.unet.dtype == torch.float32 and picture(pipe).shape == (1, 4, 8, 8)
     half = idcore.IDPipeline.from_pretrained(folder, dtype=torch.bfloat16, sampler="karras-2m")
@@ -53,6 +53,7 @@ def test_a_folder(folder):
     safe = idcore.IDPipeline.from_pretrained(folder, dtype=torch.float16, vae_dtype="float32")
     assert safe.unet.dtype == torch.float16 and safe.decoder.dtype == torch.float32
     assert safe("a dog", num_inference_steps=1).images[0].size == (16, 16)
+    assert not [w for w in recwarn if "torch_dtype" in str(w.message)], "diffusers renamed its argument"
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import WeightsError
+from ...sampling.loading import dtype_option
 from .latent import LatentBase
 
 
@@ -39,7 +40,7 @@ class SD15Base(LatentBase):
             raise WeightsError(f"{path} has no model_index.json; wanted a pipeline's folder in diffusers' layout")
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
-                base, local_files_only=local_files_only, torch_dtype=dtype, safety_checker=None
+                base, local_files_only=local_files_only, safety_checker=None, **dtype_option(dtype)
             )
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise WeightsError(f"{base} does not load as a Stable Diffusion 1.5 pipeline: {e}") from e
