@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class Tally:
     ran: int = 0
     refused: int = 0  # the backend says that it cannot run such calls
     failures: list[str] = field(default_factory=list)
+    left_out: int = 0  # for want of time
 
 
 def smaller(case: Any) -> Any:
@@ -61,6 +63,7 @@ def _gradients_mean_something(case: Any, backend: str) -> bool:
 
 def fuzz(
     op: str, backend: str, seeds: Iterable[int], *, device: str = "cpu", small: bool = False, backward_every: int = 1,
+    seconds: float = float("inf"),
 ) -> Tally:  # fmt: skip
     """Run random calls of an op forward and, for every `backward_every`th seed, backward.
 
@@ -68,9 +71,13 @@ def fuzz(
         op: a name in `DRAW`.
         small: cut the calls down by `smaller`.
         backward_every: 0 leaves gradients out.
+        seconds: no call begins later than so long after the first.
     """
-    tally = Tally()
+    tally, end = Tally(), time.monotonic() + seconds
     for seed in seeds:
+        if time.monotonic() > end:
+            tally.left_out += 1
+            continue
         case = DRAW[op](seed)
         case = smaller(case) if small else case
         try:
@@ -99,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", "--seed", type=_seeds, default=range(200), help="one seed, or first:end")
     parser.add_argument("--small", action="store_true", help="fewer rows, heads and samples")
     parser.add_argument("--backward-every", type=int, default=1, help="gradients of every nth seed; 0: none")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no call later than so long after")
     options = parser.parse_args(argv)
     gpu = options.backend in ("cuda", "triton") and torch.cuda.is_available()
     if options.backend == "triton" and not gpu:
@@ -107,10 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     tally = fuzz(
         options.op, options.backend, options.seeds, device="cuda" if gpu else "cpu", small=options.small,
-        backward_every=options.backward_every,
+        backward_every=options.backward_every, seconds=options.seconds,
     )  # fmt: skip
     print(*tally.failures, sep="\n\n")
-    print(f"{options.op}, {options.backend}: {tally.ran} right, {tally.refused} refused, {len(tally.failures)} wrong")
+    late = f", {tally.left_out} left out for want of time" if tally.left_out else ""
+    counts = f"{tally.ran} right, {tally.refused} refused, {len(tally.failures)} wrong"
+    print(f"{options.op}, {options.backend}: {counts}{late}")
     return 1 if tally.failures or not tally.ran else 0
 
 

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
+from .place import Save, nothing_saved, place
+
 ROOT = Path(__file__).resolve().parents[3]
+
+
+# Installed in place; where pip may not write into its environment, built in place: the parts run in the checkout.
+WAYS = (
+    ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)),
+    ("setup.py", "-q", "build_ext", "--inplace"),
+)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -26,19 +35,21 @@ def _found() -> dict[str, Any]:
     code = (
         "import json, torch, importlib.util as u\n"
         "from idcore.env import build_info\n"
-        "print(json.dumps({'build': build_info(), 'kernels': u.find_spec('idcore.kernels') is not None}))"
+        "print(json.dumps({'build': build_info(), 'installed': u.find_spec('idcore.kernels') is not None}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
-        return {"build": {"error": done.stderr[-500:]}, "kernels": False}
+        return {"build": {"error": done.stderr[-500:]}, "installed": False}
     return json.loads(done.stdout)
 
 
-def run(_: Any = None) -> dict[str, Any]:
+def run(_: Save = nothing_saved, seconds: float = 90) -> dict[str, Any]:
     """Installs the checkout in place unless it holds kernels for this GPU already."""
+    if place().dry:
+        return {"ok": True, "built": False, "arch": None, **_found()}
     wanted = architecture(torch.cuda.get_device_capability())
     before = _found()
-    if wanted in before["build"].get("cuda_archs", ()) and before["kernels"]:
+    if wanted in before["build"].get("cuda_archs", ()):
         return {"ok": True, "built": False, "arch": wanted, **before}
     if not (ROOT / "setup.py").exists():
         return {"ok": False, "error": f"idcore was installed without CUDA kernels for {wanted}; run in a checkout"}
@@ -46,13 +57,15 @@ def run(_: Any = None) -> dict[str, Any]:
         **os.environ, "IDCORE_CUDA": "ON", "IDCORE_CUDA_ARCHS": wanted, "MAX_JOBS": str(os.cpu_count() or 4),
         "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    if done.returncode:
-        return {"ok": False, "arch": wanted, "error": (done.stdout + done.stderr)[-4000:]}
-    after = _found()
-    ok = wanted in after["build"].get("cuda_archs", ()) and after["kernels"]
-    return {"ok": ok, "built": True, "arch": wanted, **after}
+    said = []
+    for command in WAYS:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT,
+                              check=False)  # fmt: skip
+        said.append(f"{' '.join(command)}: status {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}")
+        after = _found()
+        if wanted in after["build"].get("cuda_archs", ()):
+            return {"ok": True, "built": True, "arch": wanted, "way": command[:2], **after}
+    return {"ok": False, "arch": wanted, "error": "\n".join(said)}
 
 
 def use_checkout() -> None:

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ...testing.timing import percentile
+from .place import place
 
 Call = Callable[[], object]
 
 
 def copies_for_cold_cache(bytes_per_call: int) -> int:
     """So many sets of inputs used in turn that each has left the L2 cache before it comes again."""
+    if place().dry:
+        return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, min(256, math.ceil(2.5 * cache / max(1, bytes_per_call))))
 
 
-def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+class Plain:
+    """Stands for a graph where there is no GPU."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.calls = calls
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | Plain:
     """The calls one after another in a graph; each runs once before, for compilation and workspaces."""
+    if place().dry:
+        return Plain(calls)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
-        for call in calls[:2]:
+        for call in calls:  # all: another shape may take a kernel that is not loaded yet
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -37,6 +54,10 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 def event_ms(run: Call) -> float:
     """Milliseconds of the work that `run` enqueues, between two events."""
+    if place().dry:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -79,6 +100,8 @@ def _summary(found: list[float]) -> dict[str, float]:
 
 def launches(call: Call) -> int | None:
     """Kernels that one call runs on the GPU, by the profiler; None where it records none."""
+    if place().dry:
+        return None
     with torch.no_grad():
         call()
         torch.cuda.synchronize()

@@ -9,25 +9,30 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...env import command_line, machine
-from . import build, report
+from . import build, place, report
 
-# In order, with the most seconds that each may take: 530 together.
-PARTS = {"build": 100, "tests": 115, "races": 60, "sanitize": 115, "timings": 140}
+# In order, with the seconds that each may take: 539 together. What one leaves over goes to the next.
+PARTS = {"build": 90, "tests": 120, "races": 85, "sanitize": 105, "timings": 139}
+DRY_TIMES = 10  # as much time for --dry: its machine may be a small one that others use too
+TICK = 2.0  # seconds between looks at what a part has found so far
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--out, --parts; --inside runs one part in this process, as the command itself does."""
+    """--out, --parts, --dry; --inside runs one part in this process, as the command itself does."""
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of the results")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, with commas between")
+    parser.add_argument("--dry", action="store_true", help="a few small calls of each part on the CPU: no figures")
     parser.add_argument("--inside", choices=tuple(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=1e9, help=argparse.SUPPRESS)
 
 
 def chosen(text: str) -> list[str]:
@@ -41,58 +46,83 @@ def chosen(text: str) -> list[str]:
 
 def without_gpu() -> str | None:
     """Why nothing can be measured here, or None."""
-    if torch.cuda.is_available():
+    if place.place().dry or torch.cuda.is_available():
         return None
     why = "it is built without CUDA" if torch.version.cuda is None else "there is no driver or no GPU"
     return f"bench gpu: PyTorch {torch.__version__} sees no CUDA device ({why}); nothing was built, run or measured"
 
 
-def inside(name: str, out: Path) -> int:
-    """One part, in this process."""
+def inside(name: str, out: Path, seconds: float) -> int:
+    """One part, in this process; it writes what it has found whenever there is more."""
     build.use_checkout()
-    result = importlib.import_module(f".{name}", __package__).run()
-    _write(out, name, result)
+
+    def save(found: dict[str, Any]) -> None:
+        _write(out / f"{name}.json", found)
+
+    result = importlib.import_module(f".{name}", __package__).run(save, seconds)
+    save(result)
     return 0 if result["ok"] else 1
 
 
-def _write(out: Path, name: str, result: dict[str, Any]) -> None:
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(found, indent=1) + "\n")
+    beside.replace(path)
 
 
-def _command(name: str, out: Path) -> list[str]:
-    return [sys.executable, "-m", "idcore.bench", "gpu", "--out", str(out), "--inside", name]
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _ended(command: list[str], log: Path, seconds: float) -> int | None:
-    """Exit status, None where time ran out; what the process started goes with it."""
-    with log.open("w") as sink:
+def _command(name: str, out: Path, seconds: float) -> list[str]:
+    head = [sys.executable, "-u", "-W", "ignore", "-m", "idcore.bench", "gpu"]
+    return [*head, "--out", str(out), "--inside", name, "--seconds", str(seconds)]
+
+
+def _ended(command: list[str], log: Path, seconds: float, tick: Callable[[], None]) -> int | None:
+    """Exit status, None where time ran out; what the process started goes with it. Its output goes behind the log's."""
+    end = time.monotonic() + seconds
+    with log.open("a") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            return process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None
+        while True:
+            try:
+                return process.wait(timeout=max(0.01, min(TICK, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                tick()
+            if time.monotonic() >= end:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return None
 
 
 def part(name: str, out: Path, seconds: float) -> dict[str, Any]:
-    """One part in a process of its own; a crash or a time-out becomes its result."""
-    path, log = out / f"{name}.json", out / f"{name}.log"
-    path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    status = _ended(_command(name, out), log, seconds)
-    if path.exists():
-        result = json.loads(path.read_text())
-    else:
+    """One part in a process of its own; a crash or a time-out becomes its result, beside what it had found by then."""
+    log, start = out / "gpu.log", time.perf_counter()
+    with log.open("a") as f:
+        f.write(f"\n===== {name}\n")
+    begin = log.stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.json")
+
+        def tick() -> None:
+            found = {name: {**_read(path), "ok": False, "error": "under way"}}
+            gather(out, found, _read(out / "gpu.json").get("machine"))
+
+        # The part may end by itself a little before it is stopped.
+        status = _ended(_command(name, Path(folder), seconds - 4), log, seconds, tick)
+        result = _read(path)
+    if status not in (0, 1) or "ok" not in result:
         why = f"stopped after {seconds:.0f} s" if status is None else f"ended with status {status}"
-        result = {"ok": False, "error": f"{why}\n{log.read_text()[-3000:]}"}
+        result = {**result, "ok": False, "error": f"{why}\n{log.read_bytes()[begin:].decode(errors='replace')[-3000:]}"}
     result["seconds"] = round(time.perf_counter() - start, 1)
-    _write(out, name, result)
     return result
 
 
 def run(options: argparse.Namespace) -> int:
     """0: all parts were right. 1: one was not. 2: no GPU here."""
+    if options.dry:
+        os.environ[place.DRY] = "1"
     missing = without_gpu()
     if missing:
         print(missing, file=sys.stderr)
@@ -100,20 +130,23 @@ def run(options: argparse.Namespace) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     if options.inside:
-        return inside(options.inside, out)
-    ok = True
+        return inside(options.inside, out, options.seconds)
+    ok, spare = True, 0.0
     for name in chosen(options.parts):
-        result = part(name, out, PARTS[name])
+        limit = PARTS[name] * (DRY_TIMES if options.dry else 1) + spare
+        result = part(name, out, limit)
+        spare = max(0.0, limit - result["seconds"])
         ok &= result["ok"]
         print(f"bench gpu: {name}: {'right' if result['ok'] else 'WRONG'}, {result['seconds']} s", flush=True)
-        summary(out)  # after every part: whoever is cut off keeps what there is
+        gather(out, {name: result})  # after every part: whoever is cut off keeps what there is
     return 0 if ok else 1
 
 
-def summary(out: Path, names: Sequence[str] = tuple(PARTS)) -> dict[str, Any]:
-    """Gathers the parts that are there into gpu.json and gpu.md."""
-    parts = {n: json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()}
-    whole = {"machine": machine(), "command": command_line(), "parts": parts}
-    (out / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
+def gather(out: Path, found: dict[str, Any], at: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Adds parts to those in gpu.json, in their order, and writes it and gpu.md. at: the machine line, if known."""
+    parts = {**_read(out / "gpu.json").get("parts", {}), **found}
+    whole = {"machine": at or machine(), "command": command_line(), "dry": place.place().dry,
+             "parts": {name: parts[name] for name in PARTS if name in parts}}  # fmt: skip
+    _write(out / "gpu.json", whole)
     (out / "gpu.md").write_text(report.markdown(whole))
     return whole

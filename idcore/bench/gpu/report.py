@@ -15,16 +15,17 @@ def _checks(parts: dict[str, Any]) -> list[str]:
     for name, result in parts.items():
         said = result.get("error", "").splitlines()[:1]
         if name == "tests" and not said:
-            said = [
-                f"{result['tests']} tests, {result['failures'] + result['errors']} failed, {result['skipped']} skipped"
-            ]
+            bad = result["failures"] + result["errors"]
+            said = [f"{result['tests']} tests, {bad} failed, {result['skipped']} skipped"]
         if name == "races" and not said:
-            said = [f"{result['calls']} calls x {result['repeats']}: {result['different']}"]
+            late = f"; {result['not_run']} not run" if result.get("not_run") else ""
+            said = [f"{result['calls']} calls x {result['repeats']}: {result['different']}{late}"]
         if name == "sanitize" and not said:
             verdicts = result["verdicts"].items()
             said = [f"{result['calls']} calls; " + ", ".join(f"{tool}: {v['findings']}" for tool, v in verdicts)]
         if name == "timings" and not said:
-            said = ["; ".join(result["problems"]) or f"{len(result['rows'])} calls timed"]
+            late = [f"no time for {', '.join(result['not_run'])}"] if result.get("not_run") else []
+            said = ["; ".join([*result["problems"], *late]) or f"{len(result['rows'])} calls timed"]
         rows.append([name, "right" if result["ok"] else "**wrong**", result.get("seconds"), *(said or [""])])
     return ["## Checks", "", *_table(["part", "verdict", "s", "what"], rows)]
 
@@ -46,17 +47,18 @@ def _timings(timings: dict[str, Any]) -> list[str]:
             "ours / text-only flash", "eager / ours", "compiled / ours", "launches"]  # fmt: skip
     lines = [
         "## id_attention", "",
-        f"Medians; graphs with a cold L2 unless said otherwise. Copy bandwidth {timings['copy_gb_per_s']} GB/s.", "",
+        f"Medians; graphs with a cold L2 unless told otherwise. Copy bandwidth {timings.get('copy_gb_per_s')} GB/s.",
+        "",
         *_table(head, _timing_rows(timings)),
         "## The 70 cross-attention layers of SDXL's UNet at 1024 px, one graph", "",
     ]  # fmt: skip
     head = ["merge", "B", "dtype", "text only ms", "whole ms", "identity's part ms"]
     rows = [[u["merge"], u["batch"], u["dtype"], u["text_only_ms"], u["whole_ms"], u["identity_ms"]]
-            for u in timings["unet"]]  # fmt: skip
+            for u in timings.get("unet", [])]  # fmt: skip
     lines += _table(head, rows)
     head = ["op", "case", "pass", "merge", "dtype", "backend", "ms", "eager / ours"]
     rows = [[r["op"], r["case"], r["pass"], r["merge"], r["dtype"], r["backend"], r.get("ms"),
-             r.get("ratio", {}).get("eager")] for r in timings["ops"]]  # fmt: skip
+             r.get("ratio", {}).get("eager")] for r in timings.get("ops", [])]  # fmt: skip
     lines += ["## All ops, launched from Python", "", *_table(head, rows)]
     head = ["dtype", "variant", "ms", "diffusers / ours"]
     rows = [[d["dtype"], name, ms, d["diffusers_over"].get(name)]
@@ -70,7 +72,7 @@ def markdown(whole: dict[str, Any]) -> str:
     """Checks, then times."""
     m = whole["machine"]
     lines = [
-        "# GPU results", "",
+        "# GPU results", "", *(["Dry: on the CPU, no figure counts.", ""] if whole.get("dry") else []),
         f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, triton {m['triton']}, commit {m['commit']}; "
         f"`{whole['command']}`", "",
         *_checks(whole["parts"]),

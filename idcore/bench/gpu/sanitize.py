@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import calls
+from .place import Save, nothing_saved, place
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERRORS = 86  # our exit status for findings, so that a crash of the program itself is told apart
@@ -41,35 +44,49 @@ def judged(text: str, status: int | None) -> dict[str, Any]:
     return verdict if ok else {**verdict, "output": text[:1500] + "\n...\n" + text[-1500:]}
 
 
-def run(_: Any = None, seconds: float = 70) -> dict[str, Any]:
-    """Every tool on every backend, side by side."""
+def run(save: Save = nothing_saved, seconds: float = 105) -> dict[str, Any]:
+    """Every tool on every backend, side by side. Dry, the calls run without a tool."""
+    at, end = place(), time.monotonic() + seconds
     tool = find()
-    if tool is None:
+    if tool is None and not at.dry:
         return {"ok": False, "error": "compute-sanitizer is neither on the PATH nor beside nvcc"}
-    report: dict[str, Any] = {"calls": len(calls.LISTS["sanitized"])}
-    report["warming_failed"] = calls.warm("sanitized", "triton", seconds=40)
+    report: dict[str, Any] = {"calls": len(calls.LISTS["sanitized"]), "verdicts": {}}
+    report["warming_failed"] = calls.warm(("sanitized", False), seconds=0.38 * seconds)
     # Without PyTorch's cache each tensor is an allocation of its own: nothing hides between two tensors.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
     running = {}
-    for backend in ("cuda", "triton"):
-        for name in TOOLS:
-            command = [
-                tool, "--tool", name, "--error-exitcode", str(ERRORS), "--print-limit", "20",
-                sys.executable, "-W", "ignore", "-m", "idcore.bench.gpu.calls", "sanitized", backend, "0/1",
-            ]  # fmt: skip
-            running[f"{backend} {name}"] = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-    end = time.monotonic() + seconds
-    report["verdicts"] = {name: _outcome(process, end - time.monotonic()) for name, process in running.items()}
+    for backend in at.backends:
+        for name in ("no tool",) if at.dry else TOOLS:
+            watched = [] if at.dry else [tool, "--tool", name, "--error-exitcode", str(ERRORS), "--print-limit", "20"]
+            command = [*watched, sys.executable, "-W", "ignore", "-m", "idcore.bench.gpu.calls", "sanitized", backend,
+                       "0/1"]  # fmt: skip
+            running[f"{backend} {name}"] = _started(command, environment)
+    for name, (process, output) in running.items():
+        text, status = _outcome(process, output, end - 5 - time.monotonic())
+        report["verdicts"][name] = (
+            {"ok": status == 0, "findings": 0, "status": status} if at.dry else judged(text, status)
+        )
+        save(report)
     report["ok"] = all(v["ok"] for v in report["verdicts"].values())
     return report
 
 
-def _outcome(process: subprocess.Popen, seconds: float) -> dict[str, Any]:
+def _started(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen, IO[str]]:
+    """Output goes to a file: a pipe that nobody reads yet would stop the process when it is full."""
+    output = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    return process, output
+
+
+def _outcome(process: subprocess.Popen, output: IO[str], seconds: float) -> tuple[str, int | None]:
+    """What it printed, and its status: None where time ran out."""
     try:
-        text, _ = process.communicate(timeout=max(0.1, seconds))
-        return judged(text, process.returncode)
+        status = process.wait(timeout=max(0.1, seconds))
     except subprocess.TimeoutExpired:
-        process.kill()
-        return judged(process.communicate()[0], None)
+        os.killpg(process.pid, signal.SIGKILL)  # the tool and what it watches
+        process.wait()
+        status = None
+    output.seek(0)
+    return output.read(), status

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+
 from ...testing.cases import SDXL_LAYERS, Case, random_case
+from .. import ops
 
 HEAD_DIMS = (40, 64, 80, 128, 160)
 MERGES = ("add", "ortho", "ortho_v2")
@@ -13,6 +16,9 @@ RACES = tuple(
     BASE.with_(name=f"d{d}-{merge}-{dtype}-{lq}", head_dim=d, merge=merge, dtype=dtype, lq=lq)
     for d in HEAD_DIMS for merge in MERGES for dtype in ("fp16", "bf16") for lq in (1025, 333)
 )  # fmt: skip
+
+# Those of them whose gradients are repeated: one of each head dim, all merges.
+TRAINED = tuple(RACES[i] for i in (0, 20, 29, 44, 58))
 
 
 def _taken(case: Case) -> bool:
@@ -30,3 +36,10 @@ TIMED = tuple(
 )  # fmt: skip
 # The 70 cross-attention layers of SDXL's UNet at 1024 px, as (layer, how often).
 UNET = ((SDXL_LAYERS[0], 10), (SDXL_LAYERS[1], 60))
+
+# Every op forward and backward on Triton, timed by the CPU benchmark's code.
+OPTIONS = argparse.Namespace(
+    backend="triton", against=("eager",), dtype=("bf16",), cases=tuple(c.name for c, _ in UNET),
+    merge=("add", "ortho_v2"), batch=(2,), num_zero=8, clock="wall", rounds=20, passes=("fwd", "bwd"),
+)  # fmt: skip
+OPS = tuple(case for cases in ops.OPS.values() for case in cases(OPTIONS))

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,9 @@ from ...testing.parity import check_parity, poisoned
 from ...testing.timing import copy_bandwidth
 from .. import ops
 from . import calls, graphs, shapes
+from .place import Save, few, nothing_saved, place
 
 Call = Callable[[], object]
-BACKENDS = ("cuda", "triton")
 
 
 def _ours(given: dict[str, Any], backend: str) -> Call:
@@ -50,15 +51,17 @@ def rivals(given: dict[str, Any], compiled: Callable[..., object] | None = None)
     return found
 
 
-def usable(case: Case, device: str = "cuda") -> dict[str, str | None]:
-    """Per GPU backend None where it runs the case rightly, else why not."""
+def usable(case: Case) -> dict[str, str | None]:
+    """Per backend None where it runs the case rightly, else why not."""
     found: dict[str, str | None] = {}
-    for backend in BACKENDS:
+    for backend in place().backends:
         try:
-            parity = check_parity(case, backend, device=device)
+            parity = check_parity(case, backend, device=place().device)
             found[backend] = None if parity.ok else f"error {parity.error:.3g} above {parity.limit:.3g}"
         except NoBackendError as e:
             found[backend] = str(e)
+        except Exception as e:  # of one backend: the other one's times still count
+            found[backend] = f"error {type(e).__name__}: {str(e)[-500:]}"
     return found
 
 
@@ -74,16 +77,24 @@ def row(case: Case, gb_per_s: float, compiled: Callable[..., object] | None) -> 
     running = [backend for backend, why in reasons.items() if why is None]
     if not running:
         return report
-    sets = [case.inputs(seed, "cuda") for seed in range(graphs.copies_for_cold_cache(case.bytes))]
+    sets = [case.inputs(seed, place().device) for seed in range(graphs.copies_for_cold_cache(case.bytes))]
     groups: dict[str, list[Call]] = {backend: [_ours(given, backend) for given in sets] for backend in running}
     for name in rivals(sets[0], compiled):
         groups[name] = [rivals(given, compiled)[name] for given in sets]
     report["cold"] = graphs.microseconds(groups)
     report["warm"] = graphs.microseconds({name: made[:1] * 20 for name, made in groups.items()})
     report["launched_us"] = graphs.launched_microseconds({name: made[0] for name, made in groups.items()})
-    report["launches"] = {name: graphs.launches(made[0]) for name, made in groups.items()}
     report["ratio"] = {b: _ratios(report["cold"], b, report["floor_us"]) for b in running}
+    report["launches"] = {name: _counted(made[0]) for name, made in groups.items()}
     return report
+
+
+def _counted(call: Call) -> int | str | None:
+    """Launches by the profiler, which may not work where everything else does."""
+    try:
+        return graphs.launches(call)
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:200]}"
 
 
 def _ratios(cold: dict[str, dict[str, float]], backend: str, floor_us: float) -> dict[str, float]:
@@ -98,7 +109,9 @@ def unet(merge: str, batch: int, dtype: str = "bf16") -> dict[str, Any]:
     layers = []
     for layer, count in shapes.UNET:
         case = layer.with_(dtype=dtype, batch=batch, text_batch=batch, merge=merge, num_zero=8)
-        layers += [(case.inputs(seed, "cuda"), case) for seed in range(count)]
+        case = case.with_(lq=64) if place().dry else case
+        layers += [(case.inputs(seed, place().device), case) for seed in range(count)]
+    layers = layers[:2] if place().dry else layers
     reasons = usable(layers[-1][1])
     groups: dict[str, list[Call]] = {
         b: [_ours(given, b) for given, _ in layers] for b, why in reasons.items() if why is None
@@ -114,13 +127,12 @@ def unet(merge: str, batch: int, dtype: str = "bf16") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _other_ops() -> list[dict[str, Any]]:
-    """Forward and backward of every op on Triton against eager, launched from Python, by the CPU benchmark's code."""
-    options = argparse.Namespace(
-        backend="triton", against=("eager",), dtype=("bf16",), cases=tuple(c.name for c, _ in shapes.UNET),
-        merge=("add", "ortho_v2"), batch=(2,), num_zero=8, clock="wall", rounds=20, passes=("fwd", "bwd"),
-    )  # fmt: skip
-    return ops.run(options, tuple(ops.OPS))["rows"]
+def _other_ops(name: str) -> list[dict[str, Any]]:
+    """An op forward and backward on Triton against eager, launched from Python, by the CPU benchmark's code."""
+    options = shapes.OPTIONS
+    if place().dry:
+        options = argparse.Namespace(**{**vars(options), "backend": "cpu", "rounds": 2})
+    return ops.run(options, (name,))["rows"]
 
 
 def _decode() -> list[dict[str, Any]]:
@@ -145,25 +157,46 @@ def _guarded(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
         return None
 
 
+class Report:
+    """What was timed, what went wrong and what there was no time for; saved after every piece."""
+
+    def __init__(self, save: Save, seconds: float):
+        self.save, self.end = save, time.monotonic() + seconds
+        self.problems: list[str] = []
+        self.found: dict[str, Any] = {"problems": self.problems, "not_run": [], "unet": [], "rows": [], "ops": [],
+                                      "decode": []}  # fmt: skip
+
+    def add(self, where: str, what: str, make: Callable[[], Any]) -> None:
+        """A row, or a list of rows, to list `where`, if there is time left."""
+        if time.monotonic() > self.end:
+            self.found["not_run"].append(what)
+        else:
+            made = _guarded(what, make, self.problems)
+            self.found[where] += made if isinstance(made, list) else [made] if made else []
+        self.save(self.found)
+
+
 @torch.no_grad()
-def run(_: Any = None, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
-    """All rows, the whole UNet's layers, and the other ops."""
-    calls.warm("timed", "triton")
-    problems: list[str] = []
-    bandwidth = copy_bandwidth(megabytes=1024, device="cuda")
+def run(save: Save = nothing_saved, seconds: float = 139, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
+    """The whole UNet's layers, all rows, the other ops and the decode, as far as time goes."""
+    report = Report(save, seconds)
+    report.found["warming_failed"] = calls.warm(("timed", False), ("ops", True), seconds=0.35 * seconds)
+    bandwidth = copy_bandwidth(megabytes=8 if place().dry else 1024, device=place().device)
+    report.found["copy_gb_per_s"] = round(bandwidth, 1)
     compiled = torch.compile(eager_id_attention, dynamic=False)
 
     def timed(case: Case) -> dict[str, Any]:
         # Compiling takes half a minute a shape: only where the published comparison is asked for.
-        chosen = compiled if (case.merge, case.dtype, case.batch) == ("ortho_v2", "bf16", 2) else None
-        return row(case, bandwidth, chosen)
+        asked = (case.merge, case.dtype, case.batch) == ("ortho_v2", "bf16", 2) and not place().dry
+        return row(case, bandwidth, compiled if asked else None)
 
-    rows = [_guarded(f"{c.name} {c.merge} {c.dtype} B={c.batch}", lambda c=c: timed(c), problems) for c in cases]
-    whole = [_guarded(f"unet {m} B={b}", lambda m=m, b=b: unet(m, b), problems)
-             for m in ("add", "ortho_v2") for b in (1, 2)]  # fmt: skip
-    others = _guarded("other ops", _other_ops, problems) or []
-    decode = _guarded("decode of latents", _decode, problems) or []
-    rows, whole = [r for r in rows if r], [w for w in whole if w]
-    ok = not problems and all(r["parity"] for r in (*rows, *others, *decode))
-    return {"ok": ok, "problems": problems, "copy_gb_per_s": round(bandwidth, 1), "rows": rows, "unet": whole,
-            "ops": others, "decode": decode}  # fmt: skip
+    for merge, batch in (("ortho_v2", 2), ("add", 1), ("ortho_v2", 1), ("add", 2)):
+        report.add("unet", f"unet {merge} B={batch}", lambda m=merge, b=batch: unet(m, b))
+    for c in few(cases):
+        report.add("rows", f"{c.name} {c.merge} {c.dtype} B={c.batch}", lambda c=c: timed(c))
+    for name in tuple(ops.OPS)[: 1 if place().dry else None]:
+        report.add("ops", f"op {name}", lambda n=name: _other_ops(n))
+    report.add("decode", "decode of latents", (lambda: []) if place().dry else _decode)
+    found = report.found
+    right = all(r["parity"] for name in ("rows", "ops", "decode") for r in found[name])
+    return {"ok": right and not report.problems and not found["not_run"], **found}
