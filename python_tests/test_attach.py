@@ -289,30 +289,6 @@ def test_a_scale_per_identity_and_image(setup):
         drawn(id_scale=torch.ones(2, 3))
 
 
-@pytest.mark.parametrize(
-    "make, got",
-    [
-        (lambda system: "pulid_v1.safetensors", "str 'pulid_v1.safetensors'"),
-        (lambda system: type(system), "the class TinySystem"),
-        (lambda system: system.identity(), "Identity"),
-    ],
-)
-def test_what_is_no_system_is_named(setup, make, got):
-    unet, system, person, _ = setup
-    with pytest.raises(InputError, match=f"system must be a loaded system.*got {got}"):
-        idcore.attach(unet, make(system), person)
-    assert not unet._forward_pre_hooks
-
-
-@pytest.mark.parametrize("wrong, meant", [("id_sclae", "id_scale"), ("scale", "id_scale"), ("mask", "id_mask")])
-def test_an_unknown_argument_names_the_nearest(setup, wrong, meant):
-    unet, system, person, _ = setup
-    with pytest.raises(InputError, match=f"unknown {wrong}.*did you mean {meant} in place of {wrong}"):
-        idcore.attach(unet, system, person, **{wrong: 0.8})
-    with pytest.raises(InputError, match="got str; idcore.Identity.load"):
-        idcore.attach(unet, system, "me.safetensors")
-
-
 def test_detach_takes_off_what_lost_handles_left(setup):
     unet, system, person, inputs = setup
     before, found = run(unet, inputs), dict(unet.attn_processors)

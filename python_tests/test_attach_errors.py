@@ -123,3 +123,27 @@ def test_a_pipeline_that_is_gone():
         gc.collect()
         with pytest.raises(InputError, match="the pipeline that was attached is gone"):
             run(unet, tiny_inputs("sd"))
+
+
+@pytest.mark.parametrize(
+    "make, got",
+    [
+        (lambda system: "pulid_v1.safetensors", "str 'pulid_v1.safetensors'"),
+        (lambda system: type(system), "the class TinySystem"),
+        (lambda system: system.identity(), "Identity"),
+    ],
+)
+def test_what_is_no_system_is_named(setup, make, got):
+    unet, system, person, _ = setup
+    with pytest.raises(InputError, match=f"system must be a loaded system.*got {got}"):
+        idcore.attach(unet, make(system), person)
+    assert not unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("wrong, meant", [("id_sclae", "id_scale"), ("scale", "id_scale"), ("mask", "id_mask")])
+def test_an_unknown_argument_names_the_nearest(setup, wrong, meant):
+    unet, system, person, _ = setup
+    with pytest.raises(InputError, match=f"unknown {wrong}.*did you mean {meant} in place of {wrong}"):
+        idcore.attach(unet, system, person, **{wrong: 0.8})
+    with pytest.raises(InputError, match="got str; idcore.Identity.load"):
+        idcore.attach(unet, system, "me.safetensors")

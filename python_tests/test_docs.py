@@ -116,6 +116,43 @@ def test_commands_and_options_exist(page):
     assert not {k: v for k, v in found.items() if v}
 
 
+def settings_of_trainings():
+    from idcore.training.augment.options import AugmentConfig
+    from idcore.training.data.options import PrepareConfig
+    from idcore.training.dreamidentity.config import DreamIdentityTrainConfig
+    from idcore.training.face_vit.config import FaceViTTrainConfig
+    from idcore.training.personal.config import BoothConfig, InversionConfig
+    from idcore.training.pulid.config import PuLIDTrainConfig
+    from idcore.training.sefi_ide.config import SeFiTrainConfig
+    from idcore.training.settings import names
+    from idcore.training.styleforge.config import StyleForgeConfig
+    from idcore.training.tiny_sd.run import TinySDTrainConfig
+
+    all_of_them = (
+        AugmentConfig, PrepareConfig, DreamIdentityTrainConfig, FaceViTTrainConfig, BoothConfig, InversionConfig,
+        PuLIDTrainConfig, SeFiTrainConfig, StyleForgeConfig, TinySDTrainConfig,
+    )  # fmt: skip
+    return {name for config in all_of_them for name in names(config)}
+
+
+def test_settings_that_are_named_exist():
+    known = settings_of_trainings()
+    sections = {name.split(".")[0] for name in known if "." in name}
+    gone, seen = [], 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`(?:--set )?\"?([a-z]+\d?\.[a-z_]+)(?:=[^`]*)?`", text)
+        named += re.findall(r"--set \"?([a-z_]+\d?(?:\.[a-z_]+)*)=", text)
+        for name in named:
+            if name.endswith((".py", ".json", ".safetensors")):
+                continue
+            if name.split(".")[0] in sections or "." not in name:
+                seen += 1
+                if name not in known:
+                    gone.append(f"{name_of(page)}: {name}")
+    assert seen > 40 and not gone
+
+
 def test_files_that_are_named_exist():
     gone = []
     for path in [*PAGES, *(p for p in SOURCES if p.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"))]:
