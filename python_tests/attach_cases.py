@@ -5,6 +5,15 @@ import torch
 from idcore.systems.base import AttentionOptions
 from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_unet
 
+# Two cross-attention layers, for tests in which compiling is what takes time.
+SMALL = {
+    "layers_per_block": 1,
+    "block_out_channels": (16,),
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+
 
 def run(unet, inputs):
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attach_cases import SMALL, run
 from naive_attention import one_thread  # noqa: F401
 from torch._dynamo.testing import CompileCounter
 
@@ -9,26 +10,12 @@ import idcore
 from idcore.systems.base import AttentionOptions
 from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_ip_adapter, tiny_unet
 
-# Two cross-attention layers: compiling is what takes time here.
-SMALL = {
-    "layers_per_block": 1,
-    "block_out_channels": (16,),
-    "attention_head_dim": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-}
-
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def run(unet, inputs):
-    with torch.no_grad():
-        return unet(**inputs).sample
 
 
 def test_scales_and_identities_do_not_compile_anew():

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from attach_cases import SMALL
 from torch._dynamo.testing import CompileCounter
 
 import idcore
@@ -11,14 +12,6 @@ from idcore.attention.staged import AttentionLoss
 from idcore.systems.sefi_ide import SeFiTokens, class_word_embeddings, stage_text, staged_unet, watching
 from idcore.testing.tiny_models import tiny_inputs, tiny_pipeline, tiny_unet
 
-# Two cross-attention layers: compiling is what takes time here.
-SMALL = {
-    "layers_per_block": 1,
-    "block_out_channels": (16,),
-    "attention_head_dim": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-}
 TIMES = (torch.tensor(950), torch.tensor(120), torch.tensor(400.5))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attach_cases import SMALL
 from naive_attention import one_thread  # noqa: F401
 from torch._dynamo.testing import CompileCounter
 
@@ -115,15 +116,6 @@ def test_a_learned_scale_follows_the_schedule():
         handle.schedule()
         handle.scale(torch.tensor(0.2))
         assert torch.allclose(got, run(unet, inputs, 5), atol=1e-6)
-
-
-SMALL = {
-    "layers_per_block": 1,
-    "block_out_channels": (16,),
-    "attention_head_dim": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-}
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["torch.compile(unet)", "unet.compile()"])

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from attach_cases import run
+from pulid_tiny import features, tiny
 from safetensors import safe_open
-from test_pulid import features, tiny
 
 import idcore
 from idcore.errors import InputError, WeightsError
@@ -14,11 +15,6 @@ from idcore.ops.kv_bank import one_block
 from idcore.systems.pulid import PuLID
 from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_unet
 from idcore.weights import write_safetensors
-
-
-def run(unet, inputs):
-    with torch.no_grad():
-        return unet(**inputs).sample
 
 
 @pytest.fixture(params=["sdxl", "sd"])

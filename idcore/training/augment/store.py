@@ -51,7 +51,7 @@ class Folder:
             raise _not_written(self.out, e) from e
 
     def tidy(self) -> None:
-        """Remove what a killed run left half written. Only with the lock held (`training.data.prepare.alone`)."""
+        """Remove what a killed run left half written. Only with the lock held (`training.data.claiming.alone`)."""
         for half in (self.out / "pictures").glob(".*.part"):
             shutil.rmtree(half, ignore_errors=True)
         for half in (p for folder in (self.out, self.out / "names") for p in folder.glob(".*.part")):
