@@ -14,6 +14,7 @@ from .settings_out import as_text
 
 T = TypeVar("T")
 Values = Mapping[str, Any]
+Say = Callable[[str], None]  # gets a line for people
 
 
 def silent(text: str) -> None:
@@ -31,7 +32,7 @@ class TrainArguments:
     changes: Sequence[str] = ()
     allow_change: Sequence[str] = ()
     print_config: bool = False
-    say: Callable[[str], None] = silent
+    say: Say = silent
 
 
 def run_training(

@@ -14,8 +14,8 @@ import numpy as np
 from ..env import command_line, machine
 from ..errors import told
 from ..workflows import write_text
+from .commands import Say
 
-Say = Callable[[str], None]
 Row = Mapping[str, Any]
 
 

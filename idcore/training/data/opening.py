@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import InputError
+from ..commands import Say
 from ..processes import rank_and_world
 from .faces import FaceSetup
 from .options import PrepareConfig
@@ -14,9 +14,7 @@ from .prepare import prepare
 PREPARED = "prepared"
 
 
-def prepared_folder(
-    data: Path, out: Path, config: PrepareConfig, setup: FaceSetup, say: Callable[[str], None], workers: int = 1
-) -> Path:
+def prepared_folder(data: Path, out: Path, config: PrepareConfig, setup: FaceSetup, say: Say, workers: int = 1) -> Path:
     """`data` itself where `idcore prepare` made it; else its pictures prepared into OUT/prepared (a second call goes on
     where the first stopped).
 

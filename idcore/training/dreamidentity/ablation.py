@@ -28,7 +28,8 @@ from ...systems.dreamidentity import DreamIdentity
 from ...systems.words import WordSystem
 from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
-from ..experiments import Say, carry_out, parser_of, table, write_page
+from ..commands import Say
+from ..experiments import carry_out, parser_of, table, write_page
 from .config import DRAWN, load_config
 from .result import WEIGHTS
 from .run import train_dreamidentity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +10,7 @@ from ...encoders.face_crops import FaceCrops
 from ...encoders.images import load_image
 from ...errors import InputError
 from ...systems.dreamidentity import DreamIdentityConfig
+from ..commands import Say
 from ..contract import Source
 from ..data.drawn import DrawnPeople
 from ..data.faces import Faces
@@ -21,8 +21,6 @@ from ..data.source import PreparedSource
 from ..losses.faces import as_bytes
 from .config import DRAWN, DreamIdentityTrainConfig
 from .validation import Guest
-
-Say = Callable[[str], None]
 
 
 def open_data(

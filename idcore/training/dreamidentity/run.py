@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ...weights import read_safetensors
 from ...workflows import writable_folder
 from ..bases.latent import LatentBase
 from ..bases.opening import analyzer_for, open_text_base
-from ..commands import TrainArguments, run_training, silent
+from ..commands import Say, TrainArguments, run_training, silent
 from ..face_vit.run import load_vit
 from ..loop import train
 from ..processes import device_of, rank_and_world
@@ -42,7 +42,7 @@ def train_dreamidentity(
     base: LatentBase | None = None,
     resume: bool = False,
     allow_change: Sequence[str] = (),
-    say: Callable[[str], None] = silent,
+    say: Say = silent,
 ) -> Path:
     """Train an encoder of faces to words.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ...errors import InputError
 from ...files import first_few
+from ..commands import Say
 from ..contract import Batch, Source, Step
 from ..data.drawn import DrawnPeople
 from ..data.faces import Faces
@@ -86,9 +87,7 @@ class Mirrored:
             yield batch
 
 
-def open_data(
-    data: str, out: Path, config: FaceViTTrainConfig, say: Callable[[str], None]
-) -> tuple[Source, int, list[Batch]]:
+def open_data(data: str, out: Path, config: FaceViTTrainConfig, say: Say) -> tuple[Source, int, list[Batch]]:
     """The training's source, the number of its people, and batches of the exam (people whom it does not have).
 
     Args:

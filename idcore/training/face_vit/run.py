@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ...encoders.face_vit import FaceViT
 from ...weights import read_safetensors
 from ...workflows import writable_folder
-from ..commands import TrainArguments, run_training, silent
+from ..commands import Say, TrainArguments, run_training, silent
 from ..loop import train
 from ..processes import device_of
 from .config import DRAWN, FaceViTTrainConfig, load_config
@@ -27,7 +27,7 @@ def train_face_vit(
     *,
     resume: bool = False,
     allow_change: Sequence[str] = (),
-    say: Callable[[str], None] = silent,
+    say: Say = silent,
 ) -> Path:
     """Train a face ViT for identification.
 

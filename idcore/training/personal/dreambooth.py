@@ -20,13 +20,13 @@ from ...lora_files import write_lora
 from ...results import Result
 from ..bases.latent import LatentBase
 from ..card import Card, write_card
-from ..commands import silent
+from ..commands import Say, silent
 from ..contract import Batch, Text
 from ..data.few import Group
 from ..processes import rank_and_world
 from ..tuning import Tuned
 from .config import BoothConfig
-from .run import Say, run
+from .run import run
 from .task import PersonTask
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for

@@ -13,15 +13,13 @@ from ...errors import InputError
 from ...workflows import writable_folder
 from ..bases.latent import LatentBase
 from ..bases.opening import open_text_base
-from ..commands import silent
+from ..commands import Say, silent
 from ..data.few import FewPictures, Group
 from ..loop import train
 from ..processes import device_of, rank_and_world
 from ..resuming import finished
 from .task import PersonTask
 from .validation import Validator
-
-Say = Callable[[str], None]
 
 
 def photos(config: Any, images: Sequence[ImageLike] | None, command: str) -> Group:

@@ -30,7 +30,8 @@ from ...identity import Identity
 from ...metrics.drawn_attributes import DrawnExam, drawn_photo, table_people
 from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
-from ..experiments import Say, carry_out, parser_of
+from ..commands import Say
+from ..experiments import carry_out, parser_of
 from .config import BoothConfig, InversionConfig, load_config
 
 EDITS = "tiny-edits"

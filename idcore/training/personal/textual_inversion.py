@@ -18,10 +18,10 @@ from ...systems.words import words_in
 from ...text.inversion import write_words
 from ..bases.latent import LatentBase
 from ..card import Card, write_card
-from ..commands import silent
+from ..commands import Say, silent
 from ..contract import Batch, Text
 from .config import InversionConfig
-from .run import Say, run
+from .run import run
 from .task import PersonTask
 
 WEIGHTS = "learned_embeds.safetensors"

@@ -30,8 +30,9 @@ from ...systems.sefi_ide import stage_text, staged_unet, watching
 from ...workflows import write_text
 from ..bases.latent import LatentBase
 from ..bases.opening import TINY_SD, open_text_base
+from ..commands import Say
 from ..data.few import FewPictures
-from ..experiments import Say, carry_out, cell, mean_of, parser_of, table, write_page
+from ..experiments import carry_out, cell, mean_of, parser_of, table, write_page
 from ..personal.run import native_edge, photos
 from ..personal.table import EDITS, GALLERY, examined
 from .config import SeFiTrainConfig, load_config

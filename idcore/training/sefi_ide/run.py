@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...encoders.images import ImageLike
 from ..bases.latent import LatentBase
-from ..commands import silent
-from ..personal.run import Say, run
+from ..commands import Say, silent
+from ..personal.run import run
 from .config import SeFiTrainConfig
 from .task import SeFiTask
 
