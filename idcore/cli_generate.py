@@ -21,11 +21,13 @@ def generate(
         ),
     ] = None,
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help='"tiny", "tiny-sd" (SD 1.5\'s layout), a folder of `idcore train tiny`, or with SDXL or SD 1.5.'
+            help='"tiny", "tiny-sd" (SD 1.5\'s layout), a folder of `idcore train tiny`, or with SDXL or SD 1.5. '
+            'Default: what the trained folder of --system, --id or --style was trained on; else "tiny".',
+            show_default=False,
         ),
-    ] = "tiny",
+    ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt (not of tiny).")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Picture i uses seed + i.")] = 0,
@@ -88,7 +90,9 @@ def generate(
 ) -> None:
     """Pictures of a prompt, with people of one or several systems and styles, in one pass."""
     from .generating import GenerateRequest, generate_pictures
+    from .results import trained_on
 
+    base = base or trained_on(system, *(id or ()), *(style or ())) or "tiny"
     request = GenerateRequest(
         prompt=prompt, out=out, id=tuple(id or ()), base=base, negative=negative, steps=steps, seed=seed, count=count,
         id_scale=one_or_each(id_scale, 1.0), guidance=guidance, width=width, height=height, system=system,

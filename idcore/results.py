@@ -58,3 +58,8 @@ def read_result(folder: str | Path) -> Result:
             f"{folder} is no result of a training ({type(e).__name__}: {e}); wanted a folder with {FACTS} and the "
             "weights, such as OUT/model of `idcore train pulid`"
         ) from e
+
+
+def trained_on(*places: str | Path) -> str | None:
+    """The base model of the first of these that is a result of a training; None where none is."""
+    return next((found for p in places if is_result(p) and (found := read_result(p).base)), None)

@@ -93,16 +93,17 @@ def _figures(losses: Sequence[Mapping], measures: Sequence[Mapping]) -> list[str
         first, last = measures[0], measures[-1]
         lines = [f"| measure | step {first['step']} | step {last['step']} |", "|---|---|---|"]
         for name in sorted(last["measures"]):
-            before = first["measures"].get(name)
-            lines.append(f"| {name} | {'' if before is None else f'{before:.4f}'} | {last['measures'][name]:.4f} |")
+            told = ["–" if m.get(name) is None else f"{m[name]:.4f}" for m in (first["measures"], last["measures"])]
+            lines.append(f"| {name} | {' | '.join(told)} |")
         return lines
     if not losses:
         return ["No measures were taken."]
     tail = losses[-_WINDOW:]
     names = sorted({k for line in tail for k in line["logs"]})
-    means = {n: [line["logs"][n] for line in tail if n in line["logs"]] for n in names}
+    means = {n: [v for line in tail if (v := line["logs"].get(n)) is not None] for n in names}
     return [
-        f"Means over the last {len(tail)} steps: " + ", ".join(f"{k} {sum(v) / len(v):.4f}" for k, v in means.items())
+        f"Means over the last {len(tail)} steps: "
+        + ", ".join(f"{k} {sum(v) / len(v):.4f}" for k, v in means.items() if v)
     ]
 
 

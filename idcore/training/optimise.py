@@ -25,11 +25,16 @@ def learning_rate(step: int, c: LoopConfig) -> float:
 
 def make_optimiser(parameters: list[nn.Parameter], c: LoopConfig) -> torch.optim.Optimizer:
     """The optimiser that the settings name, over parameters of one device."""
+    kind = optimiser_class(c)
     if c.optimiser == "sgd":
-        return torch.optim.SGD(parameters, c.lr, momentum=c.betas[0], weight_decay=c.weight_decay)
-    kind = torch.optim.AdamW if c.optimiser == "adamw" else _adamw8bit()
+        return kind(parameters, c.lr, momentum=c.betas[0], weight_decay=c.weight_decay)
     more = {"fused": True} if c.optimiser == "adamw" else {}
     return kind(parameters, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, **more)
+
+
+def optimiser_class(c: LoopConfig) -> type[torch.optim.Optimizer]:
+    """Raises MissingDependencyError where the settings name one that is not installed."""
+    return {"sgd": lambda: torch.optim.SGD, "adamw": lambda: torch.optim.AdamW, "adamw8bit": _adamw8bit}[c.optimiser]()
 
 
 def _adamw8bit() -> type[torch.optim.Optimizer]:

@@ -39,18 +39,26 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_here(c: LoopConfig) -> None:
+    """Raise InputError or MissingDependencyError for settings that this machine cannot serve: cheap, so that it can
+    come before data is prepared and models are loaded."""
+    from .optimise import optimiser_class
+    from .records import check_trackers
+
+    if c.precision == "fp16" and device_of(c).type == "cpu":
+        raise InputError("settings: precision fp16 needs a GPU; on the CPU choose bf16 or no")
+    check_trackers(c.trackers)
+    optimiser_class(c)
+
+
 def make_accelerator(c: LoopConfig, out: Any) -> Any:
     """accelerate's view of the processes, with the settings' precision and trackers."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    from .records import check_trackers
-
+    check_here(c)
     on_cpu = device_of(c).type == "cpu"
-    if c.precision == "fp16" and on_cpu:
-        raise InputError("settings: precision fp16 needs a GPU; on the CPU choose bf16 or no")
-    check_trackers(c.trackers)
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     return Accelerator(
         mixed_precision=c.precision, cpu=on_cpu, log_with=list(c.trackers) or None, project_dir=str(out),

@@ -235,3 +235,11 @@ def test_no_data(tmp_path):
     os.truncate(tmp_path / "x.png", (1 << 29) + 1)
     with pytest.raises(InputError, match="has 536,870,913 bytes; at most 536,870,912 are read as a picture"):
         read_bytes(tmp_path, "x.png", None, None)
+
+
+def test_a_linked_folder_is_told_and_not_followed(tmp_path):
+    folder(tmp_path / "data", 1)
+    folder(tmp_path / "elsewhere", 1)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    kept, dropped = outcome(tmp_path / "data", tmp_path)
+    assert set(kept) == {"p000.png"} and dropped["more"][0] == "linked folder" and "not followed" in dropped["more"][1]

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from idcore.cli import app
 from idcore.encoders.face_vit import FaceViT
 from idcore.errors import InputError
+from idcore.metrics.gate import gate_person
 from idcore.results import read_result
 from idcore.systems.dreamidentity import DreamIdentity
 from idcore.training.data.drawn import DrawnPeople
@@ -192,3 +193,15 @@ def test_errors_say_what_to_do(tmp_path, pool):
         DrawnPeople(pool, 0)
     result = CliRunner().invoke(app, ["train", "face-vit", "--out", str(tmp_path)])
     assert result.exit_code != 0 and "--data FOLDER (or drawn) is missing" in result.output + str(result.exception)
+
+
+def test_people_with_one_picture_each_have_no_rank_and_the_card_is_written_all_the_same(tmp_path):
+    for i in range(6):
+        (tmp_path / "people" / f"p{i}").mkdir(parents=True)
+        gate_person(1_000 + i).save(tmp_path / "people" / f"p{i}" / "a.png")
+    out = tmp_path / "run"
+    config = load_config(None, [*SIZES, "prepare.min_face=8", "exam.share=0.3"])
+    train_face_vit(config, tmp_path / "people", out)
+    measures = [json.loads(x)["measures"] for x in (out / "measures.jsonl").read_text().splitlines()]
+    assert all(set(m) == {"different"} for m in measures)
+    assert "| different | " in (out / "model" / "README.md").read_text()

@@ -1,8 +1,11 @@
 """PuLID's training in small: all stages, resumed, exported, loaded and drawn with."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -143,6 +146,20 @@ def test_zero_init_begins_as_the_base_and_base_init_copies_it(trained):
     assert copied(features(2)).shape == (2, 10, 128)
 
 
+def test_people_of_cached_latents_are_shown_decoded():
+    class Latents(DrawnPeople):
+        def micro_batches(self, *args):
+            for batch in super().micro_batches(*args):
+                batch.latents, batch.pixels = models.base.encode_pictures(batch.pixels), None
+                yield batch
+
+    models = Models(load_config(None, [*SMALL, "validation.count=2"], "tiny"))
+    drawn, decoded = (models.guests(s) for s in (DrawnPeople(4), Latents(4)))
+    for a, b in zip(drawn, decoded):
+        away = np.abs(np.asarray(a.picture, np.int16) - np.asarray(b.picture, np.int16))
+        assert a.name == b.name and away.max() <= 2 and torch.equal(a.features.id_cond, b.features.id_cond)
+
+
 # -- SDXL's layout --------------------------------------------------------------------------------------------
 
 
@@ -213,19 +230,23 @@ def gate_photo():
 # -- the command line --------------------------------------------------------------------------------------------
 
 
-def test_the_command_trains_from_pictures_and_generate_draws_with_its_result(tmp_path):
+def test_the_command_trains_from_pictures_and_generate_draws_with_its_result(tmp_path, monkeypatch):
     from idcore.training.data.procedural import procedural_folder
 
     data = procedural_folder(tmp_path / "people", 6, progress=False)
     sets = [x for s in (*SMALL, "validation.count=1") for x in ("--set", s)]
     args = ["train", "pulid", "--base", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *sets]
+    done = CliRunner().invoke(app, [*args, "--stage", "2"])
+    assert isinstance(done.exception, InputError) and "stage 2 begins with the weights" in str(done.exception)
+    assert not (tmp_path / "run" / "prepared").exists()  # before the pictures are prepared
     done = CliRunner().invoke(app, [*args, "--stage", "1"])
     assert done.exit_code == 0, done.output + repr(done.exception)
     done = CliRunner().invoke(app, [*args, "--stage", "2,3", "--resume"])
     assert done.exit_code == 0, done.output + repr(done.exception)
+    said = shlex.split(done.stderr.rsplit("use it with `", 1)[1].split("`")[0])
     result = tmp_path / "run" / "model"
     assert is_result(result) and (tmp_path / "run" / "prepared" / "manifest.json").is_file()
-    photo = tmp_path / "photo.png"
+    photo = tmp_path / "photo.jpg"
     gate_photo().save(photo)
     pictures = {}
     for scale in ("0", "1"):
@@ -238,6 +259,9 @@ def test_the_command_trains_from_pictures_and_generate_draws_with_its_result(tmp
         (path,) = out.glob("*.png")
         pictures[scale] = path.read_bytes()
     assert pictures["0"] != pictures["1"]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, said[1:])  # what the training said, to the letter
+    assert done.exit_code == 0 and len(list(Path("pictures").glob("*.png"))) == 1, done.output + repr(done.exception)
     me = tmp_path / "me.safetensors"
     done = CliRunner().invoke(app, ["encode", str(photo), "--system", str(result), "--out", str(me)])
     assert done.exit_code == 0, done.output + repr(done.exception)
@@ -259,6 +283,7 @@ def test_print_config_is_read_back_and_names_sources():
         (["--set", "loss.min_snr=5", "--set", "loss.diffusion_norm=norm"], "min_snr weighs mean squares"),
         (["--set", "result.layouts=kohya"], "result.layouts holds pulid, community or both"),
         (["--set", "result.mode=best"], "result.mode must be one of"),
+        (["--set", "loop.steps=3"], "set stage1.steps, stage2.steps, stage3.steps; got loop.steps=3"),
         (["--set", "loss.alignment_prompts=none-such"], "no file and none of the shipped sets"),
         (["--set", "validation.prompts="], "need at least one each"),
     ],
@@ -272,6 +297,9 @@ def test_refusals_of_runs(trained, tmp_path):
     model, config = trained
     with pytest.raises(InputError, match="stage 2 begins with the weights of stage 1"):
         train_pulid(config, DrawnPeople(4), tmp_path, stages=[2])
+    with pytest.raises(InputError, match="stage 3 begins with the weights of stage 2, which --stage leaves out"):
+        train_pulid(config, DrawnPeople(4), tmp_path, stages=[1, 3])
+    assert not (tmp_path / "stage1").exists()
     with pytest.raises(InputError, match="stages 1, 2 and 3"):
         train_pulid(config, DrawnPeople(4), tmp_path, stages=[0])
     other = replace(config, encoder=replace(config.encoder, width=24), init=str(model / "pulid.safetensors"))

@@ -234,3 +234,15 @@ def test_runs_that_are_refused(tmp_path):
         train_sefi_ide(config_of("model.resolution=18"), tmp_path / "c", images=[photo()], base=base_of())
     made = CliRunner().invoke(app, ["train", "sefi-ide", "--out", str(tmp_path / "d")])
     assert "train sefi-ide: --images PHOTO is missing" in str(made.exception)
+
+
+def test_accumulating_equals_one_larger_batch_with_dropout_on(tmp_path):
+    """What dropout leaves out hangs on the step, not on how the batch is divided."""
+    found = []
+    for name, batch, accumulate in (("one", 2, 1), ("two", 1, 2)):
+        config = config_of(f"loop.batch={batch}", f"loop.accumulate={accumulate}", "words.dropout=0.5")
+        train_sefi_ide(config, tmp_path / name, images=[photo()], base=base_of())
+        lines = [json.loads(x) for x in (tmp_path / name / "losses.jsonl").read_text().splitlines()]
+        found.append([x["terms"] for x in lines])
+    for a, b in zip(*found):
+        assert a == pytest.approx(b, rel=1e-4)

@@ -1,17 +1,22 @@
 """What the training commands share: settings by base and option, missing options, bases by name."""
 
+import json
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 
-from idcore.errors import InputError, WeightsError
+from idcore.errors import IdcoreError, InputError, WeightsError
+from idcore.results import Result, trained_on
 from idcore.testing.tiny_models import tiny_pipeline
 from idcore.training.bases.opening import open_base, open_text_base
 from idcore.training.bases.sd15 import SD15Base
 from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.bases.tiny import TinyBase
+from idcore.training.card import Card, write_card
 from idcore.training.commands import TrainArguments, load_settings, over, run_training
+from idcore.training.config import LoopConfig
 from idcore.training.settings import setting
 
 
@@ -85,3 +90,35 @@ def test_bases_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline", loaded)
     with pytest.raises(WeightsError, match="is a FluxPipeline; wanted"):
         open_base("some/where")
+
+
+@dataclass(frozen=True)
+class WithLoop:
+    loop: LoopConfig = setting(factory=LoopConfig)
+
+
+def test_what_this_machine_cannot_serve_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    for loop, text in (
+        (LoopConfig(optimiser="adamw8bit"), "pip install torchao"), (LoopConfig(trackers=("nope",)), "'nope' is none"),
+        (LoopConfig(precision="fp16", device="cpu"), "fp16 needs a GPU"),
+    ):  # fmt: skip
+        with pytest.raises(IdcoreError, match=text):
+            run_training("mine", TrainArguments(tmp_path), WithLoop(loop), lambda *a: pytest.fail("it began"))
+
+
+def test_a_value_that_json_has_no_number_for_is_a_dash_in_the_card(tmp_path):
+    lines = [{"step": s, "measures": {"a": v, "b": 1.0}} for s, v in ((0, 0.5), (2, None))]
+    (tmp_path / "measures.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "model").mkdir()
+    write_card(Card("T", "S", ""), Mine(), tmp_path / "model", {})
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| a | 0.5000 | – |" in card and "| b | 1.0000 | 1.0000 |" in card
+
+
+def test_the_base_that_a_result_was_trained_on(tmp_path):
+    (tmp_path / "a").mkdir()
+    Result("pulid", "x.safetensors", "tiny-sd").write(tmp_path / "a", {})
+    assert trained_on("auto", tmp_path / "photo.jpg", tmp_path / "a") == "tiny-sd"
+    assert trained_on("auto", tmp_path) is None

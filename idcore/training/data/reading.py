@@ -99,6 +99,9 @@ def _folder(root: Path) -> Iterator[Entry]:
     for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = sorted(d for d in folders if not d.startswith("."))
         place = Path(folder)
+        for name in (d for d in folders if (place / d).is_symlink()):  # os.walk lists them and does not enter
+            id = (place / name).relative_to(root).as_posix()
+            yield _bad(id, id, "linked folder", "links to folders are not followed; copy it there")
         names = {n for n in names if not n.startswith(".")}
         told = {k: v for name in METADATA if name in names for k, v in _metadata(place / name).items()}
         for name in sorted(names):

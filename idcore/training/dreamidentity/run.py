@@ -154,7 +154,10 @@ def run_command(
     def go(config: DreamIdentityTrainConfig, out: Path) -> Path:
         return train_dreamidentity(config, data, pairs, out, resume=a.resume, allow_change=a.allow_change, say=a.say)
 
-    used = "idcore generate --system {made} --id me.jpg --prompt ... --base " + settings.model.base
+    used = (
+        f"idcore generate --system {{made}} --base {settings.model.base} --id photo.jpg "
+        f'--prompt "a photo of {settings.people.placeholder} as a nurse" --out pictures'
+    )
     return run_training("dreamidentity", a, settings, go, use=used)
 
 

@@ -122,7 +122,8 @@ def identification(vectors: Tensor, person: Tensor) -> dict[str, float]:
     """How well vectors [N, E] tell people [N] apart: is the nearest other one (cosine) of the same person?
 
     Returns:
-        `rank1`, over those that have another picture; `same`, `different`: mean cosines.
+        `rank1`, over those that have another picture; `same`, `different`: mean cosines. What there is no pair for is
+        left out.
     """
     near = F.normalize(vectors, dim=-1) @ F.normalize(vectors, dim=-1).T
     same = person[:, None] == person[None]
@@ -130,7 +131,5 @@ def identification(vectors: Tensor, person: Tensor) -> dict[str, float]:
     known = (same & ~alone).any(1)
     first = near.masked_fill(alone, -2).argmax(1)
     right = person[first] == person
-    return {
-        "rank1": float(right[known].float().mean()), "same": float(near[same & ~alone].mean()),
-        "different": float(near[~same].mean()),
-    }  # fmt: skip
+    values = {"rank1": right[known].float(), "same": near[same & ~alone], "different": near[~same]}
+    return {name: float(v.mean()) for name, v in values.items() if len(v)}

@@ -88,7 +88,7 @@ class BoothTask(PersonTask):
                 "base": self.base.name, "trained": what + (", text encoders" if c.tune.text_encoder else ""),
                 "prior preservation": f"weight {c.prior.weight:g}",
             },
-            use=(f"{drawing(c, 'RESULT')} --out pictures",),
+            use=(drawing(c, "RESULT"),),
             notes=f"{notes} Prompts say `{who}`.",
             limits="Likeness is measured against the very photos that were learned.",
             run="DreamBooth",
@@ -102,7 +102,7 @@ def drawing(config: BoothConfig, result: str) -> str:
     """The command that draws the person of a result folder."""
     lora = f"--base {config.model.base} --style {result}/{WEIGHTS}"
     which = lora if config.tune.weights == "lora" else f"--base {result}/{PIPELINE}"
-    return f'idcore generate {which} --prompt "a photo of {config.person.placeholder} in the snow"'
+    return f'idcore generate {which} --prompt "a photo of {config.person.placeholder} in the snow" --out pictures'
 
 
 def class_pictures(config: BoothConfig, base: LatentBase, edge: int, out: Path, say: Say = silent) -> Group:

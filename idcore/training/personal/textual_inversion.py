@@ -103,7 +103,7 @@ class InversionTask(PersonTask):
                 "base": self.base.name,
                 "words": f"{person.words} of width {' + '.join(map(str, self.module.widths))}",
             },
-            use=(f"{drawing(c, 'RESULT')} --out pictures",),
+            use=(drawing(c, "RESULT"),),
             notes=f"diffusers reads the file: `pipe.load_textual_inversion({WEIGHTS!r})`.",
             limits="Likeness is measured against the very photos that were learned.",
             run="textual inversion",
@@ -115,7 +115,7 @@ class InversionTask(PersonTask):
 
 def drawing(config: InversionConfig, result: str) -> str:
     """The command that draws the person of a result folder."""
-    said = f'--prompt "a photo of {config.person.placeholder} in the snow"'
+    said = f'--prompt "a photo of {config.person.placeholder} in the snow" --out pictures'
     return f"idcore generate --base {config.model.base} --id {result}/{WEIGHTS} {said}"
 
 

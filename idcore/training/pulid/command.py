@@ -29,18 +29,20 @@ def run_command(
         InputError: --out or --data is missing, or settings, stages or data do not fit.
     """
     given = TrainArguments(out, config, base, resume, changes, allow_change, print_config, say)
-    stages = parse_stages(stage)
+    stages, settings = parse_stages(stage), load_config(config, changes, base)
 
     def train(settings: PuLIDTrainConfig, folder: Path) -> Path:
         from .data import open_data
-        from .run import train_pulid
+        from .run import check_stages, train_pulid
 
+        check_stages(settings, folder, stages, resume)  # before pictures are prepared and models loaded
         source = open_data(data, folder, settings, say)
         return train_pulid(settings, source, folder, stages=stages, resume=resume, allow_change=allow_change, say=say)
 
     return run_training(
-        "pulid", given, load_config(config, changes, base), train, needed=[("--data FOLDER", data)],
-        use="idcore generate --system {made}",
+        "pulid", given, settings, train, needed=[("--data FOLDER", data)],
+        use=f"idcore generate --system {{made}} --base {settings.model.base} --id photo.jpg "
+        '--prompt "portrait, color, cinematic" --out pictures',
     )  # fmt: skip
 
 

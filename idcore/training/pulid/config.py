@@ -203,6 +203,8 @@ class PuLIDTrainConfig:
         if unknown or not self.result.layouts:
             raise InputError(f"settings: result.layouts holds pulid, community or both, got {self.result.layouts}")
         prompts.load(c.alignment_prompts)
+        if self.loop.steps != LoopConfig().steps:
+            raise InputError(f"{_NO_STEPS}; got loop.steps={self.loop.steps}")
         for n in STAGES:
             self.loop_of(n)
 
@@ -228,6 +230,11 @@ class PuLIDTrainConfig:
     def bases(self) -> tuple[str, ...]:
         return (self.model.base, *self.model.others)
 
+
+_NO_STEPS = (
+    "settings: loop.steps is not used by this training, whose stages have steps of their own: set stage1.steps, "
+    "stage2.steps, stage3.steps"
+)
 
 # What differs for the embedded 64 px model (our choice throughout).
 TINY: dict[str, Any] = {
@@ -272,4 +279,7 @@ def load_config(
     Raises:
         InputError: as `settings.load`.
     """
+    for text in changes:
+        if text.partition("=")[0].strip() == "loop.steps":  # before it is found too few for the warm-up
+            raise InputError(f"{_NO_STEPS}; got {text}")
     return load_settings(PuLIDTrainConfig, path, changes, base, presets=SHIPPED, default_base="tiny")

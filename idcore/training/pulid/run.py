@@ -58,9 +58,8 @@ def train_pulid(
         InputError, WeightsError, TrainingStopped: see `loop.train`.
     """
     stages = sorted(set(stages))
-    if not stages or not set(stages) <= set(STAGES):
-        raise InputError(f"PuLID's training has the stages 1, 2 and 3, got {stages}")
     out = writable_folder(Path(out))
+    check_stages(config, out, stages, resume)
     models = Models(config)
     if hasattr(source, "check_base"):  # prepared data may hold latents of another autoencoder
         source.check_base(models.base)
@@ -69,8 +68,6 @@ def train_pulid(
     for number in stages:
         folder = out / f"stage{number}"
         if is_result(folder / RESULT):
-            if not resume:
-                raise InputError(f"{folder} holds a finished stage already; add --resume, or choose another --out")
             say(f"stage {number} is done ({folder / RESULT})")
             continue
         made = _train_stage(models, config, source, out, number, resume, allow_change, say)
@@ -89,7 +86,8 @@ def _train_stage(
     folder, loop = out / f"stage{number}", config.loop_of(number)
     going_on = resume and any(folder.glob("checkpoints/step-*"))
     start = start_weights(config, out, number)
-    say(f"stage {number}: {loop.steps} steps, {'from ' + str(start) if start else 'from new weights'}")
+    begun = "going on" if going_on else f"from {start}" if start else "from new weights"
+    say(f"stage {number}: {loop.steps} steps, {begun}")
     system = models.system(start)
     task = models.task(system, number, source)
     facts = {"stage": number, "start": str(start) if start else "new weights"}
@@ -99,6 +97,24 @@ def _train_stage(
         )
     finally:
         task.close()
+
+
+def check_stages(config: PuLIDTrainConfig, out: Path, stages: Sequence[int], resume: bool) -> None:
+    """Raise InputError for stages that cannot be trained in OUT: unknown ones, one that is finished where nothing is
+    to be resumed, or one whose start is missing and will not come about on the way."""
+    if not stages or not set(stages) <= set(STAGES):
+        raise InputError(f"PuLID's training has the stages 1, 2 and 3, got {list(stages)}")
+    for number in stages:
+        folder = out / f"stage{number}"
+        if is_result(folder / RESULT):
+            if not resume:
+                raise InputError(f"{folder} holds a finished stage already; add --resume, or choose another --out")
+        elif number - 1 not in stages:
+            if number > stages[0] and not is_result(out / f"stage{number - 1}" / RESULT):
+                raise InputError(
+                    f"stage {number} begins with the weights of stage {number - 1}, which --stage leaves out"
+                )
+            start_weights(config, out, number)
 
 
 def start_weights(config: PuLIDTrainConfig, out: Path, number: int) -> Path | None:
@@ -190,7 +206,7 @@ class Models:
         v = self.config.validation
         if v.people is None:
             batch = next(iter(source.micro_batches(0, self.config.loop.seed + 1, 0, 1, v.count, 1)))
-            return _guests_of(batch, self.device)
+            return _guests_of(batch, self.base, self.device)
         from ...encoders.images import load_image
 
         names = (".png", ".jpg", ".jpeg", ".webp")
@@ -270,19 +286,19 @@ def _begin(layer: nn.Module, attn: nn.Module, how: str) -> None:
         layer.id_to_v.weight.zero_()
 
 
-def _guests_of(batch: Batch, device: torch.device) -> list[Guest]:
+def _guests_of(batch: Batch, base: Base, device: torch.device) -> list[Guest]:
+    """The samples as people; where latents alone are cached, their pictures are decoded."""
     from PIL import Image
 
     from ...encoders.pulid_features import PuLIDFeatures
     from ..losses.faces import as_bytes
 
-    if batch.pixels is None:
-        raise InputError(
-            "validation: this data brings latents without pictures, so its people cannot be shown or compared; set "
-            "validation.people to a folder of photos"
-        )
+    shown = batch.pixels
+    if shown is None:
+        with torch.no_grad():
+            shown = base.decode(batch.latents.to(device))
     seen = features_of(batch)
-    pictures = [Image.fromarray(a) for a in as_bytes(batch.pixels)]
+    pictures = [Image.fromarray(a) for a in as_bytes(shown)]
     return [
         Guest(name, picture, PuLIDFeatures(seen.id_cond[i : i + 1], tuple(h[i : i + 1] for h in seen.hidden)))
         for i, (name, picture) in enumerate(zip(batch.ids, pictures))

@@ -37,5 +37,5 @@ def run_command(
     return run_training(
         "sefi-ide", arguments, settings, train, needed=[("--images PHOTO", person.images)],
         use=f"idcore generate --base {settings.model.base} --id {{made}} --prompt \"a photo of "
-        f'{person.placeholder} in the snow"',
+        f'{person.placeholder} in the snow" --out pictures',
     )  # fmt: skip

@@ -54,7 +54,8 @@ class SeFiTask(PersonTask):
         """Terms "diffusion" and, with a weight above 0, "attention"."""
         base, c = self.base, self.config.loss
         at = self.noised(batch, step)
-        text = self.text(batch, at.t)
+        with self._dropping(step):
+            text = self.text(batch, at.t)
         loss = None
         if c.attention:
             loss = AttentionLoss(
@@ -71,6 +72,15 @@ class SeFiTask(PersonTask):
         attention = loss.total()
         self._logs["attention"] = float(attention.detach()) / c.attention
         return {"diffusion": diffusion, "attention": attention}
+
+    @contextlib.contextmanager
+    def _dropping(self, step: Step) -> Iterator[None]:
+        """What dropout leaves out hangs on the step alone: the same in all processes and micro batches, which share
+        the words."""
+        device = self.base.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(step.choice("dropout", 2**62))
+            yield
 
     def text(self, batch: Batch, t: Tensor) -> Text:
         """Wide text [B, L, 3 E] of the samples at their timesteps' stages, with gradients into the words.

@@ -35,5 +35,7 @@ def run_command(
 
     settings = load_config(given.config, given.changes, given.base)
     prompt = settings.style_words(False).person("a man in a garden")
-    style = "--base {made}/pipeline" if settings.tune.weights == "full" else "--style {made}"
-    return run_training("styleforge", given, settings, train, use=f'idcore generate {style} --prompt "{prompt}"')
+    lora = f"--style {{made}} --base {settings.model.base}"
+    style = "--base {made}/pipeline" if settings.tune.weights == "full" else lora
+    use = f'idcore generate {style} --prompt "{prompt}" --out pictures'
+    return run_training("styleforge", given, settings, train, use=use)
