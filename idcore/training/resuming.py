@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 CHECKPOINTS, RESULT = "checkpoints", "model"  # in a run's folder
 
 
+def begun(out: Path) -> bool:
+    """Whether a run's folder holds a checkpoint to go on from."""
+    return any((out / CHECKPOINTS).glob("step-*"))
+
+
 def finished(out: Path, resume: bool) -> Path | None:
     """The result of a run that is at its end already; None where there is something to do.
 

@@ -30,6 +30,7 @@ from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
 from ..commands import Say
 from ..experiments import carry_out, parser_of, table, write_page
+from ..resuming import begun
 from .config import DRAWN, load_config
 from .result import WEIGHTS
 from .run import train_dreamidentity
@@ -79,7 +80,7 @@ def _train(
     """Seconds of one core that the training took; None where it was stopped in between."""
     told_of = folder / "seconds.json"
     if not is_result(folder / "model"):
-        going_on = any(folder.glob("checkpoints/step-*"))
+        going_on = begun(folder)
         settings = [*CHANGES, f"loop.seed={seed}", f"people.editability={share}", *changes]
         config = load_config(None, settings, TINY_SD)
         start = time.process_time()

@@ -14,6 +14,7 @@ from PIL import Image
 from ...identity import Identity
 from ...metrics.drawn_attributes import drawn_photo, table_people
 from ...results import is_result
+from ..resuming import begun
 from ..tiny.people import sample_person
 
 PHOTO = 256  # pixels of the photos that people are encoded and learned from
@@ -85,8 +86,7 @@ def trained_style(settings: Settings, base: Any, seed: int, out: Path, say: Any)
         config = load_config(None, changes, settings.base)
         # Aux images mean "style" as art of people, in other hands than the target style.
         data = StyleData(style_pictures(settings.style), style_pictures("oil", first=REF_SEED + 1000))
-        going_on = any(folder.glob("checkpoints/step-*"))
-        train_styleforge(config, data, folder, base=base, resume=going_on, say=say)
+        train_styleforge(config, data, folder, base=base, resume=begun(folder), say=say)
     return folder / "model"
 
 
@@ -100,8 +100,7 @@ def learned_person(settings: Settings, base: Any, photo: Path, seed: int, out: P
     if not is_result(folder / "model"):
         changes = [*settings.person_changes, f"loop.seed={seed}", "loop.trackers="]
         config = load_config(None, changes, settings.base)
-        going_on = any(folder.glob("checkpoints/step-*"))
-        train_sefi_ide(config, folder, images=[photo], base=base, resume=going_on, say=say)
+        train_sefi_ide(config, folder, images=[photo], base=base, resume=begun(folder), say=say)
     return load_tokens(folder / "model" / "person.safetensors")
 
 
