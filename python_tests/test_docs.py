@@ -76,7 +76,10 @@ def complaint(line):
         if spec is None:
             return f"no module {module}"
         files = Path(spec.origin).parent.rglob("*.py") if spec.submodule_search_locations else [Path(spec.origin)]
-        known = set(re.findall(r"--[a-z][a-z-]*", "".join(f.read_text() for f in files)))
+        text = "".join(f.read_text() for f in files)
+        if "parser_of(" in text:
+            text += (ROOT / "idcore/training/experiments.py").read_text()
+        known = set(re.findall(r"--[a-z][a-z-]*", text))
         known |= {f"--{n.replace('_', '-')}" for n in re.findall(r"(\w+): ", Path(spec.origin).read_text())}
     else:
         command, rest = command_line(), words[1:]
