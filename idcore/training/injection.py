@@ -183,6 +183,7 @@ class _GivenPerson:
     has_masks = False
     replaces = False
     plan = None
+    running = None
 
     def __init__(self, sites: list[Site], options: AttentionOptions, backend: str | None) -> None:
         self.sites = {site.name: site for site in sites}
