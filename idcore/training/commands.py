@@ -23,7 +23,8 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Arguments that every `idcore train ...` has; see its --help. `say` gets lines for standard error."""
+    """Arguments that every `idcore train ...` has; see its --help. `say` gets lines for standard error, in the first of
+    several processes alone."""
 
     out: Path | None = None
     config: Path | None = None
@@ -33,6 +34,16 @@ class TrainArguments:
     allow_change: Sequence[str] = ()
     print_config: bool = False
     say: Say = silent
+
+    def __post_init__(self) -> None:
+        if not _first():
+            object.__setattr__(self, "say", silent)
+
+
+def _first() -> bool:
+    from .processes import rank_and_world
+
+    return rank_and_world()[0] == 0
 
 
 def run_training(
@@ -69,7 +80,7 @@ def run_training(
     used = f"{made}: use it with `{use.format(made=made)}`" if use else f"{made}: done"
     stopped = made.parent.name == CHECKPOINTS
     arguments.say(f"stopped early; go on with --resume ({made})" if stopped else used)
-    return [str(made)]
+    return [str(made)] if _first() else []
 
 
 def load_settings(

@@ -77,15 +77,26 @@ def exchanging(computation: nn.Module, now: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered(computation: nn.Module) -> Iterator[None]:
-    """While open, the module holds whole weights in every process; all of them enter together."""
+    """While open, the module holds whole weights of its own in every process, state dict included (FSDP's own form of
+    whole weights shows shards there); all of them enter together. Nothing may be trained meanwhile."""
     if not sharded(computation):
         yield
         return
-    computation.unshard()
+    computation.reshard()
+    shards = [
+        (part, name, parameter)
+        for part in computation.trained.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+    ]
     try:
+        with torch.no_grad():
+            for part, name, parameter in shards:
+                whole = parameter.full_tensor().clone()
+                setattr(part, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
         yield
     finally:
-        computation.reshard()
+        for part, name, parameter in shards:
+            setattr(part, name, parameter)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from idcore.files import write_safetensors
 from idcore.training.config import LoopConfig
 from idcore.training.contract import Batch, Validation
 
@@ -82,6 +83,7 @@ class Denoise:
         path = folder / "facts.json"
         path.write_text(json.dumps(facts))
         self.exported = {k: v.clone() for k, v in self.module.state_dict().items()}
+        write_safetensors(folder / "weights.safetensors", self.module.state_dict())
         return [path]
 
 

@@ -122,3 +122,11 @@ def test_the_base_that_a_result_was_trained_on(tmp_path):
     Result("pulid", "x.safetensors", "tiny-sd").write(tmp_path / "a", {})
     assert trained_on("auto", tmp_path / "photo.jpg", tmp_path / "a") == "tiny-sd"
     assert trained_on("auto", tmp_path) is None
+
+
+def test_the_first_of_several_processes_speaks_for_all(tmp_path, monkeypatch):
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        said: list[str] = []
+        lines = run_training("mine", TrainArguments(tmp_path, say=said.append), Mine(), lambda s, out: out / "model")
+        assert len(said) == len(lines) == told

@@ -36,8 +36,10 @@ def run_command(
         from .run import check_stages, train_pulid
 
         check_stages(settings, folder, stages, resume)  # before pictures are prepared and models loaded
-        source = open_data(data, folder, settings, say)
-        return train_pulid(settings, source, folder, stages=stages, resume=resume, allow_change=allow_change, say=say)
+        source = open_data(data, folder, settings, given.say)
+        return train_pulid(
+            settings, source, folder, stages=stages, resume=resume, allow_change=allow_change, say=given.say
+        )
 
     return run_training(
         "pulid", given, settings, train, needed=[("--data FOLDER", data)],
