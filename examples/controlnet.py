@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="portrait, color, cinematic")
     parser.add_argument("--out", type=Path, default=Path("controlnet.png"))
     args = parser.parse_args()
+    if args.base is not None and None in (args.controlnet, args.control, args.weights, args.id):
+        parser.error("--base needs --controlnet, --control, --weights and --id")
     pipe, system, me, control = load(args)
 
     def draw():

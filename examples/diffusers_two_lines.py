@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="portrait, oil on canvas")
     parser.add_argument("--out", type=Path, default=Path("two_lines.png"))
     args = parser.parse_args()
+    if args.base is not None and None in (args.weights, args.id):
+        parser.error("--base needs --weights and --id")
     pipe, system, me = load(args)
     size = {"height": 16, "width": 16} if args.base is None else {}
 

@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--prompt", default="portrait, color, cinematic")
     args = parser.parse_args()
+    if args.base is not None and None in (args.weights, args.id):
+        parser.error("--base needs --weights and --id")
     start = time.perf_counter()
     pipe, me, size = load(args)
     device = pipe.device

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import idcore
-from idcore.errors import IdcoreError, InputError, WeightsError
+from idcore.errors import IdcoreError, InputError, WeightsError, told
 from idcore.serving import Batcher, Closed, DrawRequest, Engine, IdentityStore, QueueFull, Stopped, Ticket, load_engine
 from idcore.serving.body_cap import BodyCap
 from idcore.serving.requests import MAX_COUNT, MAX_PEOPLE, MAX_STEPS
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--no-photos", action="store_true", help="identity files only: no face models are loaded")
     parser.add_argument("--device", help="default: CUDA where it is usable")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no authentication")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--batch", type=int, default=Limits.batch, help="pictures in one pass")
     parser.add_argument("--window", type=float, default=Limits.window_s, help="seconds that a request waits for others")
     parser.add_argument("--queue", type=int, default=Limits.queue, help="requests that may wait")
@@ -290,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(told(main))

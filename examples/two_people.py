@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="a woman and a man side by side in a garden, soft light")
     parser.add_argument("--out", type=Path, default=Path("two_people.png"))
     args = parser.parse_args()
+    if args.base is not None and None in (args.weights, args.id):
+        parser.error("--base needs --weights and --id")
     pipe, people = load(args)
     height, width = (16, 16) if args.base is None else (1024, 1024)
 

@@ -223,6 +223,14 @@ def draw(
     typer.echo(f"{len(made)} pictures in {out}")
 
 
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(ctx: typer.Context) -> None:
+    """Times of ops and whole models, as `python -m idcore.bench`; `idcore bench --help` lists what there is."""
+    from .bench.main import main as run_bench
+
+    raise typer.Exit(run_bench(ctx.args))
+
+
 @app.command()
 def env(as_json: Json = False) -> None:
     """What is built, and which backend, provider and weights are usable here, with the reason where not."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from idcore.env import home as default_home
 from idcore.hub import problem_of, read_manifest
-from idcore.recipes import RECIPES, File, recipe
+from idcore.recipes import RECIPES, File, fetch_command, recipe
 
 
 @dataclass
@@ -67,18 +67,18 @@ def _recipe(root: Path, name: str, verify: bool) -> RecipeReport:
 def _file(root: Path, name: str, file: File, noted: dict[str, dict[str, Any]], verify: bool) -> FileReport:
     folder = root / name
     places = [folder / p for p in (file.converted, file.path) if p]
-    report = FileReport(file.path, "missing", "", [str(p) for p in places], f"idcore fetch {name}", file.optional)
+    report = FileReport(file.path, "missing", "", [str(p) for p in places], fetch_command(name), file.optional)
     published, ready = folder / file.path, folder / (file.converted or file.path)
     if published.is_file() and (wrong := problem_of(published, file, noted, read=verify)):
         report.state, report.found = "damaged", str(published)
-        report.advice = f"{wrong}; run `idcore fetch {name}`"
+        report.advice = f"{wrong}; run `{fetch_command(name)}`"
         if ready == published or not ready.is_file():
             return report
     if ready.is_file():
         report.state, report.found, report.advice = "here", str(ready), ""
     elif published.is_file():
         report.state, report.found = "to convert", str(published)
-        report.advice = f"idcore fetch {name} --convert (or idcore convert {published} --out {ready} --unpickle)"
+        report.advice = f"{fetch_command(name, '--convert')} (or idcore convert {published} --out {ready} --unpickle)"
     else:
         _elsewhere(report, file, ready)
     return report
@@ -113,7 +113,7 @@ def as_text(reports: Sequence[RecipeReport], home: str | os.PathLike | None = No
         if r.needs:
             lines.append(f"  needs {', '.join(r.needs)}")
         if not long and all(f.state == "missing" for f in r.files):
-            lines.append(f"  idcore fetch {r.name}")
+            lines.append(f"  {fetch_command(r.name)}")
             continue
         for f in r.files:
             lines.append(f"  {f.state:10} {f.path}{' (optional)' if f.optional else ''}")

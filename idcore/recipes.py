@@ -187,3 +187,15 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def fetch_command(name: str, *options: str) -> str:
+    """The line that fetches a recipe, with what it asks of a user whose use its terms allow.
+
+    Args:
+        name: Of the recipe.
+        options: Such as "--needs", "--convert".
+    """
+    wanted = [recipe(name), *(recipe(n) for n in recipe(name).needs if "--needs" in options)]
+    restricted = any(r.restricted for r in wanted)
+    return " ".join(["idcore fetch", name, *options, *(["--accept-licence"] if restricted else [])])

@@ -252,6 +252,7 @@ def test_presets_differ(sdxl, tmp_path):
         ),
         (("generate", "--prompt", "x", "--out", "{tmp}", "--like", "{photo}"), "--like gives a photo per --id"),
         (("generate", "--prompt", "x", "--out", "{tmp}", "--base", "tiny-sd", "--id", "{photo}"), "train sefi-ide"),
+        (("bench", "nothing"), "invalid choice: 'nothing'"),
         (("fetch", "--bundle", "{tmp}/x.tar"), "a bundle needs at least one recipe"),
         (("ui", "--base", "/nope"), "/nope does not exist; wanted a folder with an SDXL pipeline"),
         (("ui", "--port", 99999), "Invalid value for '--port'"),

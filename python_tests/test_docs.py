@@ -113,6 +113,20 @@ def test_links_lead_somewhere(page):
     assert not broken_links(page)
 
 
+def test_every_page_is_found_from_the_readme():
+    seen, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        if page.is_dir():
+            page = page / "README.md"
+        if page.suffix != ".md" or page in seen or not page.exists():
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+        left += [(page.parent / target).resolve() for target in links if not target.startswith("http")]
+    assert not [name_of(p) for p in PAGES if p.resolve() not in seen]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page):
     found = {line: complaint(line) for line in command_lines(page.read_text(encoding="utf-8"))}

@@ -43,6 +43,13 @@ def test_example_runs(run, tmp_path, name, says, writes):
     assert writes is None or (tmp_path / writes).stat().st_size > 100
 
 
+@pytest.mark.parametrize("name", ["diffusers_two_lines.py", "two_people.py", "controlnet.py", "latency.py"])
+def test_a_base_alone_is_not_enough(run, capsys, name):
+    with pytest.raises(SystemExit, match="2"):
+        run(name, "--base", "folder")
+    assert "--base needs" in capsys.readouterr().err
+
+
 def test_latency(run):
     report = json.loads(run("latency.py", "--repeat", "3", "--steps", "2", "--batch", "2"))
     warm, parts = report["warm_ms"], report["parts_ms"]

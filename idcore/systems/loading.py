@@ -8,7 +8,7 @@ from typing import Any
 
 from idcore.errors import InputError, WeightsError
 from idcore.hub import usable
-from idcore.recipes import RECIPES, recipe
+from idcore.recipes import RECIPES, fetch_command, recipe
 from idcore.weights import PULID_LAYOUTS, describe
 
 SYSTEMS = ("pulid", "faceid", "instantid", "dreamidentity", "sefi-ide")
@@ -77,8 +77,9 @@ def _fetched_file(system: str, name: str, path: str, home: Any) -> Path:
     at = usable(name, path, home)
     if at is None:
         raise WeightsError(
-            f"{system} was not fetched wholly: {name} has no {path} that can be read; run `idcore fetch {system} "
-            f"--needs --convert` (`idcore doctor {system}` says what is here), or pass your own files with --weights"
+            f"{system} was not fetched wholly: {name} has no {path} that can be read; run "
+            f"`{fetch_command(system, '--needs', '--convert')}` (`idcore doctor {system}` says what is here and the "
+            "licences), or pass your own files with --weights"
         )
     return at
 
@@ -126,8 +127,9 @@ def load_system(
                 "are published"
             )
         raise WeightsError(
-            f"{name} needs its adapter weights: pass --weights FILE (safetensors). `idcore fetch {recipe} --convert` "
-            f"downloads them and makes safetensors, `idcore doctor {recipe}` says what is here"
+            f"{name} needs its adapter weights: pass --weights FILE (safetensors). "
+            f"`{fetch_command(recipe, '--convert')}` downloads them and makes safetensors, `idcore doctor {recipe}` "
+            "says what is here"
         )
     found = system_of(weights)
     if system not in ("auto", found):

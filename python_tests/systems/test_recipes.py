@@ -115,7 +115,10 @@ def test_a_fetched_recipe_brings_its_own_files(files, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
-    with pytest.raises(WeightsError, match="pulid-v1.1 was not fetched wholly: .*idcore fetch pulid-v1.1 --needs"):
+    with pytest.raises(
+        WeightsError,
+        match="pulid-v1.1 was not fetched wholly: .*idcore fetch pulid-v1.1 --needs --convert --accept-licence",
+    ):
         fetched("pulid-v1.1")
     weights = put("pulid-v1.1/pulid_v1.1.safetensors")
     assert fetched("pulid-v1.1", for_photos=False) == {"weights": weights}
