@@ -13,6 +13,7 @@ from .cli_augment import augment
 from .cli_evaluate import evaluate
 from .cli_generate import generate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
+from .cli_stylise import stylise
 from .cli_train import app as train_app
 from .errors import told
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.command()(generate)
+app.command()(stylise)
 app.command()(evaluate)
 app.command()(augment)
 

@@ -65,6 +65,9 @@ def generate(
     person_region: Annotated[
         str | None, typer.Option(help='With --background: where it is not read; "center", or a picture, white there.')
     ] = None,
+    person_margin: Annotated[
+        float, typer.Option(help="Share of the longer side by which that is grown, at soft edges; 0 to 0.25.")
+    ] = 0.0625,
     like: Annotated[
         list[Path] | None, typer.Option(help="A photo per --id, to measure likeness by; default: --id itself.")
     ] = None,
@@ -99,8 +102,9 @@ def generate(
         weights=weights, vision=vision, parsing=parsing, retinaface=retinaface, preset=preset, faces=faces,
         choose=choose, placeholder=one_or_each(placeholder, None), id_start=id_start, id_end=id_end,
         masks=tuple(mask or ()), layout=layout, styles=tuple(style or ()), style_scale=one_or_each(style_scale, 1.0),
-        background=background, person_region=person_region, like=tuple(like or ()), compare=compare, sampler=sampler,
-        runner=runner, quantize=quantize, offload=offload, unet_weights=unet_weights, config=config,
+        background=background, person_region=person_region, person_margin=person_margin, like=tuple(like or ()),
+        compare=compare, sampler=sampler, runner=runner, quantize=quantize, offload=offload,
+        unet_weights=unet_weights, config=config,
     )  # fmt: skip
     for path in generate_pictures(request, lambda text: typer.echo(text, err=True)):
         typer.echo(path)

@@ -28,6 +28,7 @@ TINY_SD = "tiny-sd"
 TINY_BATCH = 16
 GUIDANCE = 1.2  # where none is given; the embedded models draw without
 WITHOUT_STYLE = "without_style"
+MARGIN = 0.0625  # of the longer side, by which people's regions are grown before the background's text; our choice
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class GenerateRequest:
     style_scale: float | Sequence[float] = 1.0
     background: str | None = None
     person_region: str | None = None
+    person_margin: float = MARGIN
     like: Sequence[Path] = ()
     compare: bool = False
     sampler: str = "auto"
@@ -134,11 +136,11 @@ def generate_pictures(r: GenerateRequest, say: Callable[[str], Any] = lambda tex
         for line in unsaid_words(r.styles, [r.prompt, r.background or ""]):
             say(line)
         made, plain, info = _generate_on_base(r, seeds, say)
-    info["request"] = {k: _plain(v) for k, v in asdict(r).items()}
-    about = _about(r)
-    paths = _saved(made, seeds, out, about)
+    info["request"] = plain_values(asdict(r))
+    facts = about(r)
+    paths = _saved(made, seeds, out, facts)
     if plain:
-        _saved(plain, seeds, writable_folder(out / WITHOUT_STYLE), about | {"style_sha256": ""})
+        _saved(plain, seeds, writable_folder(out / WITHOUT_STYLE), facts | {"style_sha256": ""})
     info["pictures"] = [p.name for p in paths]
     write_text(out / "generate.json", json.dumps(info, indent=1))
     return paths
@@ -152,6 +154,8 @@ def _check(r: GenerateRequest) -> None:
         raise InputError("generate: the prompt is empty; write what to draw in words")
     if r.person_region is not None and r.background is None:
         raise InputError("generate: --person-region says where --background is not read; give both")
+    if not 0 <= r.person_margin <= 0.25:
+        raise InputError(f"generate: --person-margin is 0 to 0.25 of the longer side, got {r.person_margin}")
     photos = photos_of(r)
     if r.compare and not r.styles:
         raise InputError("generate: --compare draws the same pictures without --style, and there is none")
@@ -169,13 +173,16 @@ def _saved(pictures: Sequence[Image.Image], seeds: Sequence[int], folder: Path, 
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Paths as text, for JSON."""
+    if isinstance(value, dict):
+        return {k: plain_values(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _about(r: GenerateRequest) -> dict[str, str]:
+def about(r: GenerateRequest) -> dict[str, str]:
     """What the pictures say of themselves. People by a hash of their files alone: a name is personal."""
     from . import __version__
     from .files import file_hash
@@ -205,7 +212,7 @@ def _generate_on_base(
 
         def done(count: int) -> None:
             if not bars:  # once the base is open: a bar beside an error would only be in its way
-                bars.append(ending.enter_context(_bar(r.count * (2 if r.compare else 1))))
+                bars.append(ending.enter_context(progress(r.count * (2 if r.compare else 1))))
             bars[0].update(count)
 
         made, plain = pictures_of_base(r, seeds, done)
@@ -215,10 +222,11 @@ def _generate_on_base(
     return made, plain, {"similarity": found} if found else {}
 
 
-def _bar(total: int):
+def progress(total: int, what: str = "generate"):
+    """A bar that counts pictures."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="picture", desc="generate")
+    return tqdm(total=total, unit="picture", desc=what)
 
 
 # What the embedded model cannot do: options that must be as they are when not given.
@@ -271,7 +279,7 @@ def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[
     if who is not None:
         identity = pipe.encode(who, analyzer(r.faces), face_choice(r.choose)) if photo else Identity.load(who)
     seeds, pictures = list(range(r.seed, r.seed + r.count)), []
-    with _bar(r.count) as bar:
+    with progress(r.count) as bar:
         for k in range(0, r.count, TINY_BATCH):
             part = seeds[k : k + TINY_BATCH]
             pictures += pipe(

@@ -103,14 +103,15 @@ class Artist:
                     named += self._name(on, prompt, party, names, masks)
                 else:
                     calls |= self._put_on(on, party, [masks[i] for i in party.places], r.scales(party.places))
-            background = None
-            if r.background is not None:
-                background = (r.background, 1 - person_region(r, masks))
-            texts = texts_of(prompt, named, background)
+            texts = texts_of(prompt, named)
             if texts.others:
                 from .systems.region_text import attach_texts
 
                 on.enter_context(attach_texts(self.pipe, [t for t, _ in texts.others], [m for _, m in texts.others]))
+            if r.background is not None:
+                from .systems.region_passes import attach_passes
+
+                on.enter_context(attach_passes(self.pipe, [r.background], [1 - person_region(r, masks)]))
             yield lambda seed: self._draw(texts.prompt, seed, calls)
 
     def _name(
@@ -154,11 +155,14 @@ class Artist:
         import torch
 
         r = self.request
-        size = {n: getattr(r, n) or default for n, default in self.size.items()}
         return self.pipe(
             prompt, negative_prompt=r.negative or None, num_inference_steps=r.steps, guidance_scale=r.guides(),
-            generator=torch.Generator("cpu").manual_seed(seed), **size, **calls,
+            generator=torch.Generator("cpu").manual_seed(seed), **self._size(), **calls,
         ).images[0]  # fmt: skip
+
+    def _size(self) -> dict[str, Any]:
+        """What each call is told of the picture's size."""
+        return {n: getattr(self.request, n) or default for n, default in self.size.items()}
 
 
 def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
@@ -190,7 +194,7 @@ def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
 def _refuse_sdxl_alone(r: GenerateRequest, base: Any) -> None:
     given = [name for name, default in SDXL_ALONE.items() if getattr(r, name) != default]
     if given:
-        raise InputError(f"generate: {', '.join(given)} work with SDXL bases, {base} is SD 1.5; leave them out")
+        raise InputError(f"generate: {', '.join(given)} work with SDXL bases, {base} is SD 1.x or 2.x; leave them out")
 
 
 def _sdxl(r: GenerateRequest, system: Any) -> Any:

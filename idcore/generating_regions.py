@@ -1,5 +1,5 @@
-"""Which prompt each part of a picture reads, where people that act through the prompt have regions, or the background
-has a prompt of its own."""
+"""Which prompt each part of a picture reads, where people that act through the prompt have regions; and where the
+background is, which has a prompt of its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ def masks_of(r: GenerateRequest, people: int) -> tuple[Any, ...]:
 
 
 def person_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
-    """Where `--background` is not read: `--person-region`, else where the people are. [1, H, W]"""
+    """Where `--background` is not read: `--person-region`, else where the people are, grown by `--person-margin`.
+    [1, H, W]"""
+    from .systems.region_passes import grown
+
+    return grown(_people_region(r, masks), r.person_margin)
+
+
+def _people_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
     from .attention.masks import read_masks
     from .encoders.images import load_image
 
@@ -84,7 +91,7 @@ def _on_one_size(masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([interpolate(m[None], size)[0] for m in masks])
 
 
-def texts_of(prompt: str, people: Sequence[Named], background: tuple[str, Tensor] | None = None) -> Texts:
+def texts_of(prompt: str, people: Sequence[Named]) -> Texts:
     """The prompts of a picture's parts.
 
     A person with a mask is named there alone; elsewhere the prompt reads the class word. People without a mask are
@@ -93,7 +100,6 @@ def texts_of(prompt: str, people: Sequence[Named], background: tuple[str, Tensor
     Args:
         prompt: names all of them.
         people: those that act through the prompt.
-        background: a text and where it is read.
 
     Raises:
         InputError: two people by stages of whom one has a region: their words cannot be other texts.
@@ -110,8 +116,6 @@ def texts_of(prompt: str, people: Sequence[Named], background: tuple[str, Tensor
     for p in staged:
         if p.mask is not None:
             others.append((_naming(prompt, people, _plain(people)), _rest([p.mask, *(m for _, m in others)])))
-    if background is not None:
-        others = [(t, m * (1 - _fit(background[1], m))) for t, m in others] + [background]
     return Texts(_naming(prompt, people, base), others)
 
 
@@ -128,9 +132,3 @@ def _naming(prompt: str, people: Sequence[Named], kept: Sequence[Named]) -> str:
 def _rest(masks: Sequence[Tensor]) -> Tensor:
     """What several masks leave. [1, H, W]"""
     return (1 - _on_one_size(masks).sum(0)).clamp(0, 1)
-
-
-def _fit(mask: Tensor, like: Tensor) -> Tensor:
-    from torch.nn.functional import interpolate
-
-    return interpolate(mask[None], like.shape[-2:])[0]

@@ -161,6 +161,40 @@ def test_a_background_of_its_own(there, tmp_path):
         draw(there, tmp_path / "h", prompt="a man", person_region="left")
 
 
+def test_a_background_of_nobody_leaves_the_person(tmp_path):
+    """tiny-sd: a face in the person's region, the other prompt's wall outside; with both texts in one attention
+    (`attach_texts`) the background takes most faces."""
+    from idcore.metrics.gate import Judge
+    from idcore.sampling.tiny_sd import tiny_sd
+
+    person, empty, judge = "a photo of a man, blue background", "a photo of an empty scene, yellow background", Judge()
+    how = dict(prompt=person, background=empty, person_region="center", base="tiny-sd", count=6)
+    made = [Image.open(p) for p in generate_pictures(GenerateRequest(out=tmp_path, **how))]
+    pipe, outside = tiny_sd(), torch.ones(64, 64)
+    outside[:, 16:48] = 0
+
+    def pictures(prompt):
+        g = [torch.Generator().manual_seed(s) for s in range(6)]
+        return pipe([prompt] * 6, num_inference_steps=4, guidance_scale=1.0, generator=g).images
+
+    alone, walls = pictures(person), pictures(empty)
+    with attach_texts(pipe, [empty], [outside]):
+        shared = pictures(person)
+    faces, taken = ([judge.embed(p) is not None for p in some].count(True) for some in (made, shared))
+    assert faces >= 5 and taken <= faces - 2
+    reached = [1 - np.linalg.norm(wall(m) - wall(w)) / np.linalg.norm(wall(a) - wall(w)) for m, a, w in
+               zip(made, alone, walls)]  # fmt: skip
+    assert min(reached) > 0.4
+    with pytest.raises(InputError, match="--person-margin is 0 to 0.25 of the longer side, got 0.5"):
+        generate_pictures(GenerateRequest(out=tmp_path, person_margin=0.5, **how))
+
+
+def wall(picture):
+    """Mean colour of the upper corners."""
+    a = np.asarray(picture.convert("RGB"), np.float64)[:8]
+    return np.concatenate([a[:, :8], a[:, -8:]], 1).mean((0, 1))
+
+
 def test_texts_of_parts():
     left, right = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
     left[..., 0] = right[..., 1] = 1
@@ -169,8 +203,8 @@ def test_texts_of_parts():
     assert made.prompt == "man, person and V*"
     assert [t for t, _ in made.others] == ["A*, person and dog", "man, B* and dog"]
     assert torch.equal(made.others[0][1], left)
-    made = texts_of("A* and V*", [a, v._replace(mask=right)], ("trees", right))
-    assert made.prompt == "man and V*" and [t for t, _ in made.others] == ["A* and dog", "man and dog", "trees"]
+    made = texts_of("A* and V*", [a, v._replace(mask=right)])
+    assert made.prompt == "man and V*" and [t for t, _ in made.others] == ["A* and dog", "man and dog"]
     assert torch.equal(made.others[0][1], left) and not made.others[1][1].any()
     assert texts_of("x", [Named("A*", "man", None, False)]) == ("x", [])
 

@@ -1,11 +1,12 @@
 """Prompts for parts of a picture: where a mask is 1, layers read another text than the prompt.
 
-Multi-StyleForge (arXiv 2404.05256, table "Multi-StyleForge") binds one word to a style's people and another to its
-backgrounds; how a prompt uses both at once the paper does not say. Here (our choice) the person's words are read inside
-of a mask and the background's outside:
+People that act through the prompt have regions by it:
 
-    with attach_texts(pipe, ["a photo of [W] style, a garden"], [background]):
-        pipe("a photo of [V] style, a man in a garden")
+    with attach_texts(pipe, ["a man with a hat", "a woman"], "left, right"):
+        pipe("a photo of two people")
+
+One row of the UNet serves all texts, so that other layers mix the parts: a text that says "nobody" takes the person
+beside it, too. `systems.region_passes` keeps texts apart, at a row of the batch each.
 
 In every cross-attention layer the output is h + sum_j s_j w_j (i_j - h): h the attention to the prompt, i_j the one to
 text j, w_j its mask per image token, s_j its scale. Identities in the attention merge with h as without regions.
@@ -88,30 +89,41 @@ def attach_texts(
         InputError: no texts, as many masks as texts are missing, or a text with a person of SeFi-IDE, whose tokens
             change with the stage: name that person in the main prompt.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise InputError(f"texts for regions: wanted at least one text, none of them empty, got {prompts!r}")
-    texts = [_encoded(pipe, p) for p in prompts]
+    prompts = texts_checked(prompts)
+    texts = [encoded(pipe, p)[0] for p in prompts]
     people = [Identity(t, None, NAME, {}) for t in texts]
     at = shared_out(read_masks(masks, len(people)))
     return attach(pipe, RegionText(unwrap(pipe.unet)), people, id_scale=scale, id_mask=at, backend=backend)
 
 
+def texts_checked(prompts: Sequence[str]) -> list[str]:
+    """Raise InputError unless these are texts."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise InputError(f"texts for regions: wanted at least one text, none of them empty, got {prompts!r}")
+    return prompts
+
+
 @torch.no_grad()
-def _encoded(pipe: Any, prompt: str) -> Tensor:
-    """[1, L, E] float32, by the pipeline's own `encode_prompt`."""
+def encoded(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
+    """[1, L, E] float32, by the pipeline's own `encode_prompt`, and SDXL's pooled text [1, P].
+
+    Raises:
+        InputError: the prompt names a person of SeFi-IDE.
+    """
     inner = components_of(pipe)
     device = text_parts(pipe)[0].encoder.get_input_embeddings().weight.device
-    text = inner.encode_prompt(
+    made = inner.encode_prompt(
         prompt=[prompt], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )[0]
+    )
+    text = made[0]
     width = unwrap(pipe.unet).config.cross_attention_dim
     if text.shape[-1] != width:
         raise InputError(
             f"texts for regions: {prompt!r} names a person of SeFi-IDE, whose words change with the stage of the "
             "denoising; name that person in the main prompt, and give the other parts of the picture texts without"
         )
-    return text.float()
+    return text.float(), (made[2] if len(made) == 4 else None)
 
 
 def shared_out(masks: Sequence[Tensor | None]) -> list[Tensor | None]:

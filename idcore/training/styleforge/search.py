@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...files import read_safetensors, write_safetensors
+from ...metrics.layouts import coarse
 from ...metrics.networks import Looker, feature_network
 from ...metrics.tiny_style import looks
 from ...systems.styleforge import StyleWords
@@ -136,9 +137,7 @@ class StepSearch:
         if hasattr(self.looker, "text"):
             words = _unit(self.looker.text(self.contents)).repeat(len(self.settings.seeds), 0)
             return (_unit(self.looker(pictures)) * words).sum(1).astype(np.float32)
-        shades = [np.asarray(p.convert("L").resize((8, 8), Image.Resampling.BOX), np.float32) for p in pictures]
-        flat = np.stack(shades).reshape(len(pictures), -1)
-        return _unit(flat - flat.mean(1, keepdims=True))
+        return coarse(pictures)
 
     def _scored(self, features: np.ndarray, content: np.ndarray) -> dict[str, float]:
         file = self.folder / "base.safetensors"
