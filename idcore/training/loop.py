@@ -253,7 +253,7 @@ class Run:
         raise IdcoreError(
             f"training stopped at step {self.step}: {what}{samples}. Nothing was updated; {last}: resume with a "
             f"lower rate (--resume --set ...lr=... --allow-change lr; now {learning_rate(self.step, self.config):.3g}) "
-            "or without these samples"
+            f"or without these samples{resuming.where_else(self)}"
         )
 
     # -- between steps ----------------------------------------------------------------------------------------------

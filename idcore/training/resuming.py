@@ -78,6 +78,15 @@ def _find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
     return None
 
 
+def where_else(run: Run) -> str:
+    """What to do where the newest checkpoint is of the very step that failed, so that its weights may be the cause."""
+    if run.saved != run.step or not run.step:
+        return ""
+    older = [f.name for f in checkpoint.folders(run.checkpoints) if int(f.name[5:]) < run.step]
+    way = f"to go on from {older[0]}, remove step-{run.step:08d}" if older else "begin anew in another --out"
+    return f". Should it fail there again, that checkpoint's weights have diverged already: {way}"
+
+
 def save(run: Run) -> None:
     """Write a checkpoint of the step that `run` has reached; all processes learn whether it stands.
 

@@ -10,6 +10,7 @@ from torch import nn
 from idcore.files import write_safetensors
 from idcore.training.config import LoopConfig
 from idcore.training.contract import Batch, Validation
+from idcore.training.state import load_module
 
 
 class Rows:
@@ -84,6 +85,7 @@ class Denoise:
         path.write_text(json.dumps(facts))
         self.exported = {k: v.clone() for k, v in self.module.state_dict().items()}
         write_safetensors(folder / "weights.safetensors", self.module.state_dict())
+        load_module(self.module, self.exported, "what was exported")  # as a search that puts its best weights there
         return [path]
 
 

@@ -110,6 +110,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(tmp_path):
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("keep", "way"), [(2, "from step-00000005, remove step-00000006"), (1, "anew in another")])
+def test_a_loss_that_fails_right_after_a_checkpoint_names_an_older_one(tmp_path, keep, way):
+    with pytest.raises(IdcoreError, match=f"that checkpoint's weights have diverged already: .*{way}"):
+        train(Denoise(poison_at=6), Rows(), config(save_every=1, keep=keep), tmp_path)
+
+
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     class Steep(Denoise):
         def losses(self, batch, step):

@@ -16,6 +16,7 @@ from ...lora_files import write_lora
 from ...results import Result
 from ..bases.sdxl import SDXLBase
 from ..card import Card, write_card
+from ..state import load_module
 
 if TYPE_CHECKING:
     from .task import StyleForgeTask
@@ -28,7 +29,7 @@ def export(task: StyleForgeTask, folder: Path, facts: Mapping[str, Any]) -> list
     folder.mkdir(parents=True, exist_ok=True)
     best = None if task.search is None else task.search.best()
     if best is not None:
-        task.module.load_state_dict(task.search.best_weights())
+        load_module(task.module, task.search.best_weights(), "best weights")  # FSDP refuses load_state_dict here
     written = _weights(task, folder)
     step = facts.get("steps") if best is None else best
     written += write_card(_card(task, step), task.config, folder, facts)
