@@ -60,10 +60,10 @@ def attach(
             bit-equal to not attached.
         id_mask: Where each identity acts; see `Handle.masks`.
         id_guidance_start, id_guidance_end, id_schedule: When it acts; see `Handle.schedule`.
-        cfg: How a UNet batch is made. "auto": from a pipeline, the guidance state of the one that runs at each call
-            (it, or another that shares its UNet: `from_pipe`); from a bare UNet, as False. True: [uncond, cond]
-            halves. False: cond only. A tuple such as ("cond", "uncond", "uncond") (InstructPix2Pix): that order. An
-            identity without `uncond_tokens` does not act on uncond parts.
+        cfg: How a UNet batch is made. "auto": as the guidance of the pipeline says that runs at each call (the attached
+            one, or another that shares its UNet: `from_pipe`); of a bare UNet that no pipeline runs, as False. True:
+            [uncond, cond] halves. False: cond only. A tuple such as ("cond", "uncond", "uncond")
+            (InstructPix2Pix): that order. An identity without `uncond_tokens` does not act on uncond parts.
         backend: Backend of `id_attention` to insist on. Default: the first that can run each call.
         **options: `merge`, `num_zero`, `num_global` in place of the system's own. Systems that act through the prompt
             (DreamIdentity, SeFi-IDE) take a pipeline, `id_scale` 1 or 0, and `placeholder` and `class_word`; see their
@@ -97,7 +97,7 @@ def attach(
     sites = list(system.sites(unet))
     if not sites:
         raise InputError(f"attach: system {system.name!r} names no layer of this {type(unet).__name__}")
-    running = None if pipe is None else Running(pipe)
+    running = Running(pipe)
     conditioning = Conditioning(
         system,
         people_of(identity, system),

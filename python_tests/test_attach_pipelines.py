@@ -136,6 +136,17 @@ def test_a_second_pipeline_on_the_same_unet_tells_its_own_guidance(first, then):
             assert torch.equal(generate(pipe, guidance=first), mine)
 
 
+def test_a_bare_unet_follows_the_pipeline_that_runs_it(pipe):
+    system = TinySystem(pipe.unet, options=V2)
+    person = system.identity()
+    for guidance in (1.0, 5.0):
+        with idcore.attach(pipe, system, person):
+            want = generate(pipe, guidance=guidance, n=2)
+        with idcore.attach(pipe.unet, system, person) as handle:
+            assert "batch parts now: cond" in handle.explain()
+            assert torch.equal(generate(pipe, guidance=guidance, n=2), want)
+
+
 def test_pipelines_that_do_not_tell_their_batches():
     from diffusers import StableDiffusionInstructPix2PixPipeline
 

@@ -48,7 +48,7 @@ class Conditioning:
         self.replaces = bool(getattr(system, "replaces_text", False))
         self.rows = rows
         self.rows_now: tuple[str, ...] = HALVES[0]
-        self.running: Running | None = None  # which pipeline runs the UNet; None of a bare one
+        self.running: Running | None = None  # which pipeline runs the UNet
         self.backend = backend
         self.device = torch.device("cpu")
         self._heard_kept: dict[Any, Tensor] = {}

@@ -17,12 +17,13 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
 
     Args:
         cfg: "auto", bool, or the order of the parts, e.g. ("cond", "uncond", "uncond") for InstructPix2Pix.
-        pipe: the pipeline given to `attach`, or what tells the one that runs; None for a bare UNet.
+        pipe: the pipeline given to `attach` (None for a bare UNet), or what tells the one that runs.
 
     Raises:
         InputError: another value; or "auto" with a pipeline that does not tell.
     """
-    if cfg is True or cfg is False or (cfg == "auto" and pipe is None):
+    running = pipe if isinstance(pipe, Running) else Running(pipe)
+    if cfg is True or cfg is False:
         rows = HALVES[cfg is True]
         return lambda: rows
     if isinstance(cfg, (tuple, list)) and "cond" in cfg and all(r in ROWS for r in cfg):
@@ -32,8 +33,8 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
         raise InputError(
             f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, got {cfg!r}"
         )
-    running = pipe if isinstance(pipe, Running) else Running(pipe)
-    _require_telling(running())
+    if not running.alone:
+        _require_telling(running())
     return _AskPipe(running)
 
 
@@ -54,6 +55,8 @@ class _AskPipe:
 
     def __call__(self) -> tuple[str, ...]:
         pipe = self.running()
+        if pipe is None and self.running.alone:
+            return HALVES[0]
         if pipe is None:
             raise InputError("attach: the pipeline that was attached is gone; attach to its UNet with cfg=...")
         _require_telling(pipe)

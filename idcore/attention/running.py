@@ -17,12 +17,14 @@ class Running:
     pipeline's own state tells only how its last call was, not whether it is the one that runs now.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._attached = weakref.ref(pipe)
+    def __init__(self, pipe: Any = None) -> None:
+        """pipe: what was attached; None for a UNet alone."""
+        self.alone = pipe is None
+        self._attached: Any = _nobody if pipe is None else weakref.ref(pipe)
         self._other: weakref.ref | None = None
 
     def __call__(self) -> Any:
-        """The pipeline of the latest pass; None if it is gone."""
+        """The pipeline of the latest pass; None if it is gone, or a UNet alone ran outside of any."""
         other = None if self._other is None else self._other()
         return self._attached() if other is None else other
 
@@ -30,6 +32,10 @@ class Running:
         """Called when the UNet is entered."""
         found = _caller(unet)
         self._other = None if found is None or found is self._attached() else weakref.ref(found)
+
+
+def _nobody() -> None:
+    return None
 
 
 def _caller(unet: Any) -> Any:

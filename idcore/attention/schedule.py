@@ -107,9 +107,9 @@ class StepSchedule:
         self._seen = steps
 
 
-def steps_of(running: Running | None) -> StepsOf | None:
+def steps_of(running: Running) -> StepsOf | None:
     """What tells the timesteps of a pipeline's runs; None for a bare UNet."""
-    return None if running is None else StepsOf(running)
+    return None if running.alone else StepsOf(running)
 
 
 class StepsOf:
