@@ -142,16 +142,26 @@ py::tuple id_attention_cuda_plan(Tuples numbers, Tuples q, Tuples k_text, Tuples
   return py::make_tuple(plan.workspace, plan.launches);
 }
 
-void id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out, Tuples text_bias,
-                       Tuples identities, Tuples stage, uintptr_t workspace, uintptr_t stream) {
+// False where nothing was enqueued because the plan has changed since the workspace was sized.
+bool id_attention_cuda(Tuples numbers, Tuples q, Tuples k_text, Tuples v_text, Tuples out, Tuples text_bias,
+                       Tuples identities, Tuples stage, uintptr_t workspace, int64_t bytes,
+                       uintptr_t stream) {
   const IdAttentionParams p = params_of(numbers, q, k_text, v_text, out, text_bias, identities, stage);
   int error = 0;
   {
     py::gil_scoped_release release;
-    error = idcore::cuda::id_attention_fwd(p, reinterpret_cast<void*>(workspace),
+    error = idcore::cuda::id_attention_fwd(p, reinterpret_cast<void*>(workspace), bytes,
                                            reinterpret_cast<void*>(stream));
   }
+  if (error == idcore::cuda::kPlanAgain) return false;
   check_launch("id_attention_cuda", error);
+  return true;
+}
+
+py::object id_attention_cuda_problem() {
+  const int error = idcore::cuda::id_attention_problem();
+  if (error == 0) return py::none();
+  return py::str("CUDA error " + std::to_string(error) + ": " + idcore::cuda::error_text(error));
 }
 
 void align_face_cuda(Tuples numbers, Tuples pictures, Tuples out, Tuples colours, uintptr_t stream) {
@@ -266,7 +276,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspace", &idcore::cpu::release_workspace, "Free this thread's workspace; returns bytes.");
 #if defined(IDCORE_WITH_CUDA)
   m.def("id_attention_cuda", &id_attention_cuda,
-        "Forward on the current CUDA device: the tuples of id_attention_cpu, workspace address, stream.");
+        "Forward on the current CUDA device: the tuples of id_attention_cpu, workspace address and bytes, "
+        "stream. False: nothing was enqueued, plan again.");
+  m.def("id_attention_cuda_together", &idcore::cuda::id_attention_together, py::arg("allowed"),
+        "Whether ortho may be one cooperative launch where it fits; returns what was so before.");
+  m.def("id_attention_cuda_problem", &id_attention_cuda_problem,
+        "None, or why no kernel of this build runs on the current device.");
   m.def("align_face_cuda", &align_face_cuda,
         "Face chips on the current CUDA device: the tuples of align_face_cpu, stream.");
   m.def("id_attention_cuda_refusal", &id_attention_cuda_refusal,

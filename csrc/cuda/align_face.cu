@@ -23,6 +23,7 @@ int align_face(const AlignFaceParams& p, void* stream) {
   const int64_t down = (p.height * most + kChipSide - 1) / kChipSide;
   if (across > INT32_MAX / down || across * down > INT32_MAX / p.faces) return cudaErrorInvalidValue;
   const unsigned blocks = static_cast<unsigned>(across * down * p.faces);
+  static_assert(sizeof(ChipRoom) <= 48 * 1024, "more than a block gets without asking");
   align_kernel<<<blocks, kChipThreads, sizeof(ChipRoom), static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }

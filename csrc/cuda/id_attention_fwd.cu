@@ -1,6 +1,8 @@
 // Door of the forward, and its second kernel.
 #include "cuda/id_attention_fwd.h"
 
+#include <atomic>
+
 #include "cuda/id_attention_launch.cuh"
 #include "cuda/id_attention_merge.cuh"
 
@@ -9,6 +11,12 @@ namespace cuda {
 namespace {
 
 constexpr int kMergeThreads = 128;
+static_assert(merging_bytes(kMaxIdentities, 160, kMergeRows, kMergeThreads) <= 48 * 1024,
+              "more than a block gets without asking");
+
+// False once the device has refused one launch whose plan the occupancy calculation had let pass, as under
+// MPS, in a part of the GPU, or with an instrumented kernel.
+std::atomic<bool> g_together{true};
 
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Task task) {
@@ -24,7 +32,7 @@ Limits device_limits() {
     cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&limits.shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-    limits.cooperative = cooperative != 0;
+    limits.cooperative = cooperative != 0 && g_together.load(std::memory_order_relaxed);
   }
   return limits;
 }
@@ -83,14 +91,28 @@ Plan id_attention_plan(const IdAttentionParams& p) {
   return {s.total(), two_passes(p) && !s.together ? 2 : 1};
 }
 
-int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream) {
+int id_attention_fwd(const IdAttentionParams& p, void* workspace, int64_t workspace_bytes, void* stream) {
   if (id_attention_refusal(p)) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.heads == 0 || p.lq == 0) return cudaSuccess;
   const Sizes s = sizes_of(p);
+  if (s.total() > workspace_bytes) return kPlanAgain;
   const Task task = task_of(p, s, workspace);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   cudaError_t e = launcher_of(p.head_dim).launch(task, s, on);
   if (e == cudaSuccess && two_passes(p) && !s.together) e = launch_merge(task, on);
+  if (e == cudaSuccess) return e;
+  (void)cudaGetLastError();  // or the next launch would be told of it again
+  if (e != cudaErrorCooperativeLaunchTooLarge || !s.together) return e;
+  g_together.store(false, std::memory_order_relaxed);
+  return kPlanAgain;
+}
+
+bool id_attention_together(bool allowed) { return g_together.exchange(allowed); }
+
+int id_attention_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t e = cudaFuncGetAttributes(&attributes, merge_kernel<Half>);
+  (void)cudaGetLastError();
   return e;
 }
 

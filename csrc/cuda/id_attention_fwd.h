@@ -19,8 +19,18 @@ Plan id_attention_plan(const IdAttentionParams& p);
 
 // Enqueues the kernels on `stream` (a cudaStream_t) of the current device; allocates nothing, waits for
 // nothing, and may be captured in a CUDA graph. `workspace`: id_attention_plan(p).workspace bytes on the
-// device, aligned to 256, not used by another stream meanwhile. Returns 0, or a cudaError_t.
-int id_attention_fwd(const IdAttentionParams& p, void* workspace, void* stream);
+// device, aligned to 256, not used by another stream meanwhile. Returns 0, a cudaError_t, or kPlanAgain:
+// nothing was enqueued, and the plan is another one now.
+constexpr int kPlanAgain = -1;
+int id_attention_fwd(const IdAttentionParams& p, void* workspace, int64_t workspace_bytes, void* stream);
+
+// Whether ortho may be one launch where it fits; returns what was so before. The kernels themselves say no
+// once a device has refused such a launch.
+bool id_attention_together(bool allowed);
+
+// 0, or the cudaError_t that says why no kernel of this build runs on the current device (an older driver, no
+// code for its architecture).
+int id_attention_problem();
 
 // Text of a cudaError_t.
 const char* error_text(int error);

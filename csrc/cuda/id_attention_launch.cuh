@@ -33,14 +33,23 @@ AttendKernel attend_kernel_of(const IdAttentionParams& p) {
   return two ? attend_kernel<BFloat16, kHeadDim, true> : attend_kernel<BFloat16, kHeadDim, false>;
 }
 
+// A launch may take all shared memory that the device has for a block, not only what this call needs: else
+// another thread's smaller call would lower the limit between this one's setting and its launch.
+inline cudaError_t allow_shared(AttendKernel kernel) {
+  int device = 0, most = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e != cudaSuccess) return e;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 template <int kHeadDim>
 cudaError_t launch_attend(const Task& task, const Sizes& s, cudaStream_t stream) {
   static_assert(Geometry<kHeadDim>::kSlotBytes == slot_bytes(kHeadDim, 1), "one of them is stale");
   static_assert(2 * kStages * Geometry<kHeadDim>::kStageElements == stage_bytes(kHeadDim),
                 "one of them is stale");
   const AttendKernel kernel = attend_kernel_of<kHeadDim>(task.p);
-  const cudaError_t e =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes);
+  const cudaError_t e = allow_shared(kernel);
   if (e != cudaSuccess) return e;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -59,8 +68,7 @@ template <int kHeadDim>
 int resident_attend(const IdAttentionParams& p, const Sizes& s) {
   const AttendKernel kernel = attend_kernel_of<kHeadDim>(p);
   int blocks = 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes) !=
-          cudaSuccess ||
+  if (allow_shared(kernel) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * s.warps,
                                                     static_cast<size_t>(s.shared_bytes)) != cudaSuccess) {
     (void)cudaGetLastError();

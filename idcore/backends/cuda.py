@@ -1,9 +1,9 @@
 """`id_attention` by the compiled CUDA kernels (csrc/cuda): forward for inference in float16 and bfloat16.
 
 One launch for "add"; one for "ortho" and "ortho_v2" where the grid fits the device at once (a cooperative launch, the
-tiles' results kept on the chip), else two. The kernels allocate nothing and wait for nothing, so a call may be captured
-in a CUDA graph (scratch memory comes from PyTorch's allocator, which a capture keeps alive). Stage indices and tensor
-scales are read from device memory when the kernels run.
+tiles' results kept on the chip), else two; two as well once a device has refused such a launch. The kernels allocate
+nothing and wait for nothing, so a call may be captured in a CUDA graph (scratch memory comes from PyTorch's allocator,
+which a capture keeps alive). Stage indices and tensor scales are read from device memory when the kernels run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ def _device_reasons() -> tuple[str, ...]:
         return ("no usable CUDA device (no driver, no GPU, or a PyTorch without CUDA)",)
     if torch.cuda.get_device_capability()[0] < 8:
         return ("the GPU is older than sm_80",)
+    problem = _load()[0].id_attention_cuda_problem() if _load()[0] else None
+    if problem:
+        built = _load()[0].build_info()
+        return (
+            f"the compiled kernels (CUDA {built['cuda_compiler']}, {', '.join(built['cuda_archs'])}) do not run on "
+            f"this GPU and driver ({problem}); build again on this machine: IDCORE_CUDA=ON pip install -e .",
+        )
     return ()
 
 
@@ -91,9 +98,11 @@ def forward(a: Args, out: Tensor | None = None) -> Tensor:
     result = out if direct else q.new_empty(b, lq, h, d).transpose(1, 2)
     with torch.cuda.device(q.device):
         tuples, keep = call_tuples(a, result)
-        size = module.id_attention_cuda_plan(*tuples)[0] if a.merge != "add" else 0
-        scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
         stream = torch.cuda.current_stream().cuda_stream
-        module.id_attention_cuda(*tuples, scratch.data_ptr(), stream)
+        while True:  # again where the device refuses the one launch that was planned
+            size = module.id_attention_cuda_plan(*tuples)[0] if a.merge != "add" else 0
+            scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
+            if module.id_attention_cuda(*tuples, scratch.data_ptr(), size, stream):
+                break
     del keep  # freed in stream order by PyTorch's allocator
     return result if out is None or direct else out.copy_(result)

@@ -81,6 +81,8 @@ def why_not(call: Call) -> list[str]:
     dtype = str(call.dtype).removeprefix("torch.")
     if call.dtype not in MAX_HEAD_DIM:
         reasons.append(f"dtype={dtype} (needs float32, bfloat16 or float16)")
+    elif call.batch * call.heads > 65535:
+        reasons.append(f"{call.batch} samples of {call.heads} heads (at most 65535 together: the third grid dimension)")
     elif call.head_dim > MAX_HEAD_DIM[call.dtype]:
         reasons.append(f"head_dim={call.head_dim} (at most {MAX_HEAD_DIM[call.dtype]} for {dtype})")
     return reasons

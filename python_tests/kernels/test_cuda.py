@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,41 @@ def test_without_a_gpu_the_error_says_so():
     assert "no usable CUDA device" in reasons()
 
 
+def test_a_build_that_does_not_run_here_says_so(monkeypatch):
+    class Built:
+        id_attention_cuda_problem = staticmethod(lambda: "CUDA error 209: no kernel image")
+        build_info = staticmethod(lambda: {"cuda_compiler": "13.0.88", "cuda_archs": ["80-real"]})
+
+    monkeypatch.setattr(cuda, "_load", lambda: (Built, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    cuda._device_reasons.cache_clear()
+    try:
+        assert "(CUDA 13.0.88, 80-real) do not run on this GPU and driver (CUDA error 209: no kernel" in reasons()
+    finally:
+        cuda._device_reasons.cache_clear()
+
+
+def test_a_refused_launch_is_planned_again(monkeypatch):
+    """The device refuses one launch for all: the second plan has another workspace, and runs."""
+    asked = []
+
+    class Refusing:
+        id_attention_cuda_plan = staticmethod(lambda *_: (256, 1) if not asked else (512, 2))
+
+        @staticmethod
+        def id_attention_cuda(*given):
+            asked.append(given[-2])
+            return given[-2] == 512
+
+    monkeypatch.setattr(cuda, "_load", lambda: (Refusing, ""))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    a, _ = build(Case(dtype=torch.float16, merge="ortho"))
+    cuda.forward(a)
+    assert asked == [256, 512]
+
+
 def module():
     m = cuda._load()[0]
     if m is None:
@@ -70,7 +107,16 @@ def test_a_launch_without_a_driver_raises_the_runtime_s_text():
     m = module()
     a, _ = build(Case(dtype=torch.float16))
     with pytest.raises(RuntimeError, match="CUDA error (35|100): "):
-        m.id_attention_cuda(*cuda.call_tuples(a, torch.empty_like(a.q))[0], 0, 0)
+        m.id_attention_cuda(*cuda.call_tuples(a, torch.empty_like(a.q))[0], 0, 0, 0)
+    assert m.id_attention_cuda_problem().startswith("CUDA error ")
+
+
+def test_too_small_a_workspace_asks_for_another_plan():
+    m = module()
+    a, _ = build(Case(dtype=torch.float16, merge="ortho"))
+    tuples = cuda.call_tuples(a, torch.empty_like(a.q))[0]
+    assert m.id_attention_cuda(*tuples, 0, m.id_attention_cuda_plan(*tuples)[0] - 1, 0) is False
+    assert m.id_attention_cuda_together(False) is True and m.id_attention_cuda_together(True) is False
 
 
 def test_importing_the_backend_needs_no_driver():

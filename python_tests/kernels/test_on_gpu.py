@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import Case, build, check_backward, check_forward
@@ -120,6 +122,41 @@ def test_ortho_of_sdxl_is_one_launch(shape):
     check_forward(c, first.cpu(), a, truth, between=True)
     for _ in range(20):
         assert torch.equal(call(g, "cuda"), first), "another run gave other bits"
+
+
+@pytest.mark.parametrize("merge", ["ortho", "ortho_v2"])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 160])
+def test_one_launch_and_two_agree(merge, head_dim):
+    """Both ways of ortho, whichever of them this GPU would take."""
+    c = BASE.with_(merge=merge, d=head_dim)
+    a, truth = build(c)
+    g = on_gpu(a)
+    before = cuda._load()[0].id_attention_cuda_together(False)
+    try:
+        assert cuda.launches(g) == 2
+        check_forward(c, call(g, "cuda").cpu(), a, truth, between=True)
+        cuda._load()[0].id_attention_cuda_together(True)
+        if cuda.launches(g) == 1:
+            check_forward(c, call(g, "cuda").cpu(), a, truth, between=True)
+    finally:
+        cuda._load()[0].id_attention_cuda_together(before)
+
+
+def test_threads_with_other_sizes_do_not_disturb_each_other():
+    """A launch may take the shared memory that its plan needs whatever other threads launch meanwhile."""
+    made = [on_gpu(build(BASE.with_(merge="ortho_v2", lq=lq, li=li, rows=(1,), scale=0.7))[0])
+            for lq, li in ((4096, (32,)), (64, (4,)), (1025, (5,)), (300, (16,)))]  # fmt: skip
+    expected = [call(g, "cuda") for g in made]
+    torch.cuda.synchronize()
+
+    def repeat(i: int) -> bool:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            found = [call(made[i], "cuda") for _ in range(200)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(x, expected[i]) for x in found[::20])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, range(4)))
 
 
 def test_a_call_too_large_for_one_launch():

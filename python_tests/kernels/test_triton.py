@@ -55,6 +55,9 @@ def test_refusals_name_the_reason(monkeypatch):
     with pytest.raises(NoBackendError, match="dtype=float64"):
         id_attention(q.double(), q.double(), q.double(), backend="triton")
     assert backend.DIFFERENTIABLE is False
+    many = torch.zeros(1, 1, 1, 1, dtype=torch.half).expand(4096, 20, 1, 64)
+    with pytest.raises(NoBackendError, match="4096 samples of 20 heads .at most 65535 together"):
+        id_attention(many, many, many, backend="triton")
 
 
 def test_a_triton_that_is_too_old_is_refused(monkeypatch):
