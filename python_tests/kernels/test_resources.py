@@ -158,3 +158,17 @@ def test_cuda_kernels_use_tensor_cores_and_copies_in_the_background(binary, arch
         for wanted in (kind, "LDGSTS.E.BYPASS", "LDSM.16.M88.4", "LDSM.16.MT88.4"):
             assert wanted in body, f"{name} has no {wanted}"
         assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"
+
+
+@pytest.mark.parametrize(
+    "version, archs, compression",
+    [("13.0.88", "80-real;90a-real;100-real;100-virtual", "-Xfatbin=-compress-mode=size"),
+     ("12.6.20", "80-real;90a-real;90-virtual", "-Xfatbin=-compress-all"),
+     ("11.8", "80-real;90-real;90-virtual", "-Xfatbin=-compress-all")],
+)  # fmt: skip
+def test_an_older_nvcc_is_asked_only_for_what_it_knows(version, archs, compression):
+    cmake = pytest.importorskip("cmake")
+    command = [str(Path(cmake.CMAKE_BIN_DIR) / "cmake"), f"-DVERSION={version}",
+               "-DARCHS=80-real;90a-real;100-real;100-virtual", "-P", "cmake/cuda_archs.cmake"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == f"-- {archs} {compression}"
