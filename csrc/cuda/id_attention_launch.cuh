@@ -35,12 +35,15 @@ AttendKernel attend_kernel_of(const IdAttentionParams& p) {
 
 // A launch may take all shared memory that the device has for a block, not only what this call needs: else
 // another thread's smaller call would lower the limit between this one's setting and its launch.
-inline cudaError_t allow_shared(AttendKernel kernel) {
+inline cudaError_t allow_shared(AttendKernel kernel, int wanted) {
   int device = 0, most = 0;
   cudaError_t e = cudaGetDevice(&device);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (e != cudaSuccess) return e;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (e != cudaErrorInvalidValue) return e;
+  (void)cudaGetLastError();  // where a part of it is not the kernel's to take
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted);
 }
 
 template <int kHeadDim>
@@ -49,7 +52,7 @@ cudaError_t launch_attend(const Task& task, const Sizes& s, cudaStream_t stream)
   static_assert(2 * kStages * Geometry<kHeadDim>::kStageElements == stage_bytes(kHeadDim),
                 "one of them is stale");
   const AttendKernel kernel = attend_kernel_of<kHeadDim>(task.p);
-  const cudaError_t e = allow_shared(kernel);
+  const cudaError_t e = allow_shared(kernel, s.shared_bytes);
   if (e != cudaSuccess) return e;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -68,7 +71,7 @@ template <int kHeadDim>
 int resident_attend(const IdAttentionParams& p, const Sizes& s) {
   const AttendKernel kernel = attend_kernel_of<kHeadDim>(p);
   int blocks = 0;
-  if (allow_shared(kernel) != cudaSuccess ||
+  if (allow_shared(kernel, s.shared_bytes) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * s.warps,
                                                     static_cast<size_t>(s.shared_bytes)) != cudaSuccess) {
     (void)cudaGetLastError();
