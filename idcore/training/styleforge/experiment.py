@@ -3,9 +3,8 @@
     python -m idcore.training.styleforge.experiment --base runs/unseeing/model --docs docs
 
 For each style and seed: DreamBooth without Aux (the StyleRef term alone), StyleForge, and Multi-StyleForge, with the
-same largest number of steps and of StyleRef samples in a step; the step search chooses each one's steps. The base never
-saw the styles where `idcore train tiny-sd --set without_styles=pencil,oil,cartoon` made it. Resumable: what is done is
-passed over.
+same number of steps and of StyleRef samples in a step. The base never saw the styles where
+`idcore train tiny-sd --set without_styles=pencil,oil,cartoon` made it. Resumable: what is done is passed over.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 
 from ...errors import told
-from ...results import FACTS, is_result
+from ...results import is_result
 from ...systems.lora import load_lora
 from ...systems.styleforge import StyleWords
 from ...workflows import write_text
@@ -44,8 +43,9 @@ UNTRAINED = "no training"
 PEOPLE, PLACES, AUX = 10, 6, 16  # pictures
 REF_SEED, AUX_SEED = 5_100_000, 5_200_000  # of the people on them
 CHANGES = (
-    "loop.steps=400", "loop.validate_every=50", "search.patience=0", "loop.save_every=1000", "loop.trackers=",
-    "pictures.mix=false",
+    "loop.steps=300", "loop.ema=0.95", "tune.text_encoder=true", "words.style=[V] style,a photo of [V] style",
+    "words.background=[W] style,a photo of [W] style", "words.aux=style,a photo of style", "loop.validate_every=0",
+    "loop.save_every=1000", "loop.trackers=", "pictures.mix=false",
 )  # fmt: skip
 Say = Callable[[str], None]
 
@@ -115,7 +115,6 @@ def _one(
             going_on = any(folder.glob("checkpoints/step-*"))
             made = train_styleforge(config, data, folder, base=base, resume=going_on)
             more["seconds"] = round(time.process_time() - start, 1)
-        more["step"] = json.loads((made / FACTS).read_text())["step"]
         on = load_lora(base.pipe, made / "styleforge.safetensors")
     with on:
         figures, pictures = exam(target, words_of(method))

@@ -37,16 +37,15 @@ def _page(found: Mapping[str, Any], settings: Sequence[str]) -> str:
         "# StyleForge on drawn styles", "", _base(found["base"]), "",
         "LoRA; 10 pictures of people and 6 of places in the style; 16 Aux images of people in another painted style, "
         "which the base does not know either; all drawn by the project. DreamBooth without Aux has the StyleRef term "
-        "alone, with as many StyleRef samples in a step. The step search ends each training by the same rule; it draws "
-        f"other prompts than this page. Means over {len(seeds)} seeds ({len(targets)} styles each; people, first "
-        "weights and noise differ) with the spread between the seeds; "
-        f"{count} pictures of people, {len(EMPTY) * len(SEEDS)} of nobody and {count} without the style's word a run.",
-        "",
+        "alone, with as many StyleRef samples in a step and as many steps; the last weights count, a moving average. "
+        f"Means over {len(seeds)} seeds ({len(targets)} styles each; people, first weights and noise differ) "
+        f"with the spread between the seeds; {count} pictures of people, {len(EMPTY) * len(SEEDS)} of nobody and "
+        f"{count} without the style's word a run.", "",
         *_table(rows, seeds), "", *_said_of_columns(found["judge"]), "",
         "Share of pictures in the target style, by style:", "", *_by_style(rows, "style"), "",
         "Way to the style:", "", *_by_style(rows, "way"), "",
-        "Steps that the search chose:", "", *_by_style([r for r in rows if "step" in r], "step", ".0f"), "",
-        f"Settings: `{' '.join(settings)}`. Runs: `docs/results/styleforge.json`. Again: "
+        "Photo without the word:", "", *_by_style(rows, "plain"), "",
+        f"Settings: {', '.join(f'`{s}`' for s in settings)}. Runs: `docs/results/styleforge.json`. Again: "
         "`python -m idcore.training.styleforge.experiment`.", "",
         f"First seed. From left to right: {', '.join(said for _, said in BLOCKS)}. For each style the rows are "
         f"{', '.join(methods)}:", "", "![pictures](styleforge-results.png)", "",
@@ -89,20 +88,20 @@ def _table(rows: Sequence[Mapping], seeds: Sequence[int]) -> list[str]:
     return lines
 
 
-def _by_style(rows: Sequence[Mapping], key: str, form: str = ".2f") -> list[str]:
+def _by_style(rows: Sequence[Mapping], key: str) -> list[str]:
     targets, seeds = list(dict.fromkeys(r["target"] for r in rows)), sorted({r["seed"] for r in rows})
     lines = ["| | " + " | ".join(targets) + " |", "|---" * (len(targets) + 1) + "|"]
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
         cells = [[[r[key] for r in mine if r["seed"] == s and r["target"] == t] for s in seeds] for t in targets]
-        lines.append(f"| {method} | " + " | ".join(_cell(c, form) for c in cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(_cell(c) for c in cells) + " |")
     return lines
 
 
-def _cell(by_seed: Sequence[Sequence[float]], form: str = ".2f") -> str:
+def _cell(by_seed: Sequence[Sequence[float]]) -> str:
     """The mean over the seeds' means, and their spread."""
     means = [float(np.mean(v)) for v in by_seed if v]
-    return f"{np.mean(means):{form}}" + (f" ± {np.std(means):{form}}" if len(means) > 1 else "")
+    return f"{np.mean(means):.2f}" + (f" ± {np.std(means):.2f}" if len(means) > 1 else "")
 
 
 def _sheet(out: Path, rows: Sequence[Mapping]) -> Image.Image:
