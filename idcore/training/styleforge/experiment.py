@@ -9,12 +9,11 @@ same number of steps and of StyleRef samples in a step. The base never saw the s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from ...systems.lora import load_lora
 from ...systems.styleforge import StyleWords
 from ...workflows import write_text
 from ..bases.tiny_sd import TinySDBase
+from ..commands import Say
+from ..experiments import parser_of
 from .config import load_config
 from .drawn import person, place
 from .exam import Exam
@@ -47,7 +48,6 @@ CHANGES = (
     "words.background=[W] style,a photo of [W] style", "words.aux=style,a photo of style", "loop.validate_every=0",
     "loop.save_every=1000", "loop.trackers=", "pictures.mix=false",
 )  # fmt: skip
-Say = Callable[[str], None]
 
 
 def data_of(target: str, seed: int, multi: bool) -> StyleData:
@@ -132,14 +132,9 @@ def _row(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m idcore.training.styleforge.experiment", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/styleforge"), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=None, help="write the report into this folder")
+    parser = parser_of("styleforge.experiment", __doc__, "runs/styleforge", "of idcore train styleforge")
     parser.add_argument("--base", type=Path, default=None, help="result of idcore train tiny-sd; default: the shipped")
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--styles", default="pencil,oil,cartoon", help=f"of {', '.join(TARGETS)}")
-    parser.add_argument("--set", action="append", default=[], dest="changes", help="of idcore train styleforge")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
 
