@@ -59,10 +59,15 @@ class Exam:
         """The pictures that the base draws now are where the way to a style begins."""
         self.before[words.style] = self._draw([words.person(c) for c in CONTENTS])
 
-    def by_word(self) -> dict[str, float]:
-        """Share of pictures in a style that the base is asked for by the style's own name."""
-        asked = {s: self._draw([f"{said} of {c}" for c in CONTENTS]) for s, said in BY_WORD.items()}
-        return {s: float(np.mean([t == s for t in self.styles(pictures)])) for s, pictures in asked.items()}
+    def by_word(self) -> dict[str, dict[str, float]]:
+        """ "style" and "way" of `MEASURES` by style, where the base is asked for it by its own name."""
+        photo = self._draw([f"a photo of {c}" for c in CONTENTS])
+        found = {}
+        for style, said in BY_WORD.items():
+            shown = self._draw([f"{said} of {c}" for c in CONTENTS])
+            share = float(np.mean([s == style for s in self.styles(shown)]))
+            found[style] = {"style": share, "way": self.styles.way(photo, shown, style, list(CONTENTS.values()))}
+        return found
 
     def _face(self, picture: Image.Image) -> bool:
         return self.faces.embed(picture) is not None

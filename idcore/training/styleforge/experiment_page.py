@@ -53,7 +53,7 @@ def _page(found: Mapping[str, Any], settings: Sequence[str]) -> str:
 
 
 def _base(base: Mapping[str, Any]) -> str:
-    asked = ", ".join(f"{s} {share:.2f}" for s, share in base["by word"].items())
+    asked = _asked(base["by word"], "style")
     if "training" not in base:
         return f"Base: the shipped tiny-sd, which knows the styles by their names; asked so it draws them: {asked}."
     training = base["training"] or {}
@@ -64,15 +64,20 @@ def _base(base: Mapping[str, Any]) -> str:
     )
 
 
+def _asked(known: Mapping[str, Mapping[str, float]], key: str) -> str:
+    return ", ".join(f"{style} {found[key]:.2f}" for style, found in known.items())
+
+
 def _said_of_columns(judge: Mapping[str, Any]) -> list[str]:
-    known = ", ".join(f"{s} {share:.2f}" for s, share in judge["shipped base by word"].items())
+    known = judge["shipped base by word"]
     return [
         f"- Target style: by a linear classifier that is right for {judge['right']:.1%} of drawings of unseen people. "
         "It learned from drawings alone, which are sharper than what so small a model paints: of pictures of the "
         "shipped tiny-sd, which trained on all these styles, asked for them by name, it takes for the style: "
-        f"{known}. Where that is 0, it cannot be reached here.",
-        "- Way to the style: of the mean features that the classifier sees, from the untrained base's pictures (0) to "
-        "drawings in the style before the same walls (1).",
+        f"{_asked(known, 'style')}. Where that is 0, it cannot be reached here.",
+        "- Way to the style: of what sets drawings in the style apart from the same as photos, how much the pictures "
+        "have taken on since the base's own; mean features that the classifier sees. The shipped tiny-sd, by name: "
+        f"{_asked(known, 'way')}.",
         "- All three: in the style, before the wall that was asked for, with a face that the detector finds.",
         "- Nobody where asked: prompts of an empty scene; Multi-StyleForge draws them by its second word.",
         "- Photo without the word: prompts that do not say the style; less than 1: the style leaks.",
