@@ -178,10 +178,12 @@ def test_load_engine(tmp_path):
     assert isinstance(load_engine("tiny"), TinyEngine)
     with pytest.raises(InputError, match="an embedded model with a system of its own"):
         load_engine("tiny", system="pulid")
-    with pytest.raises(WeightsError, match="pulid needs its adapter weights"):
+    with pytest.raises(WeightsError, match="has no model_index.json; wanted a folder with an SDXL pipeline"):
         load_engine(str(tmp_path))
     stock = tiny_pipeline("sdxl", unet=tiny_unet("sdxl", **SMALL))
     stock.save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(WeightsError, match="pulid needs its adapter weights"):
+        load_engine(str(tmp_path / "sdxl"))
     small = EncoderConfig(id_dim=8, vit_dim=8, width=8, output_dim=8)
     PuLID(PuLIDConfig.for_unet(stock.unet, small)).save(tmp_path / "pulid.safetensors")
     how = dict(weights=tmp_path / "pulid.safetensors", device="cpu")
