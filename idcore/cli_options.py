@@ -38,6 +38,43 @@ Retina = Annotated[
     Path | None, typer.Option("--retinaface", help="PuLID: RetinaFace weights, landmarks of the published chain.")
 ]
 
+# Of the commands that draw.
+IdScale = Annotated[
+    list[float] | None, typer.Option(help="Strength of the identity, default 1, 0 leaves it out; or one per --id.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance, default 1.2 (tiny-sd: 1); 1 leaves it out.", show_default=False),
+]
+AutoSystem = Annotated[str, typer.Option(help='"auto": what --weights holds; its name; or a fetched recipe.')]
+Preset = Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')]
+Styles = Annotated[
+    list[Path] | None, typer.Option(help="LoRA file, or a result of `idcore train styleforge`; may be repeated.")
+]
+StyleScale = Annotated[list[float] | None, typer.Option(help="Strength of --style, default 1; or one each.")]
+Background = Annotated[
+    str | None, typer.Option(help='What is read outside of the people, e.g. "a photo of [W] style, a garden".')
+]
+PersonRegion = Annotated[
+    str | None, typer.Option(help='With --background: where it is not read; "center", or a picture, white there.')
+]
+PersonMargin = Annotated[
+    float, typer.Option(help="Share of the longer side by which that is grown, at soft edges; 0 to 0.25.")
+]
+Masks = Annotated[list[Path] | None, typer.Option(help="Where an identity acts, white; one per --id.")]
+Layout = Annotated[str | None, typer.Option(help='Who acts where: "left, right", or columns "1 1".')]
+Sampler = Annotated[
+    str, typer.Option(help='SDXL: "lightning", "lightning-euler", "karras-2m", "karras-sde", "own" or "auto".')
+]
+Quantize = Annotated[str | None, typer.Option(help='SDXL: "int8" or "fp8" weights of the UNet (torchao).')]
+Offload = Annotated[str | None, typer.Option(help='SDXL on a GPU: "model" or "sequential".')]
+UnetWeights = Annotated[
+    Path | None, typer.Option(help="SDXL: one file with a whole UNet, e.g. sdxl_lightning_4step_unet.safetensors.")
+]
+OneFileConfig = Annotated[
+    Path | None, typer.Option(help="With one checkpoint file as --base: a folder with its configurations.")
+]
+
 # Of the training commands.
 TrainOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; model/ in it is the result.")]
 TrainConfig = Annotated[Path | None, typer.Option("--config", help="Settings: YAML or JSON. See --print-config.")]

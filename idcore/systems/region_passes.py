@@ -71,6 +71,7 @@ class PassesHandle:
     ) -> None:
         self._texts, self._masks, self._rows = list(texts), list(masks), rows
         self._read: tuple[Tensor, Tensor] | None = None  # a pass's text as given, and with the others
+        self._shares: Tensor | None = None  # of the texts in the latest pass's prediction, [1 + n, 1, h, w]
         self._hooks = [
             unet.register_forward_pre_hook(self._widen, with_kwargs=True, prepend=True),
             unet.register_forward_hook(self._join),
@@ -86,7 +87,7 @@ class PassesHandle:
         """Take the texts off. May be called again."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._read = [], None
+        self._hooks, self._read, self._shares = [], None, None
 
     @property
     def _times(self) -> int:
@@ -146,13 +147,19 @@ class PassesHandle:
     def _join(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """The UNet's hook: one prediction per sample."""
         made = output[0]
-        weights = torch.cat([F.adaptive_avg_pool2d(m[None].to(made.device), made.shape[-2:]) for m in self._masks], 1)
-        weights = torch.cat([1 - weights.sum(1, keepdim=True), weights], 1)[0].to(made.dtype)
-        joined = (made.unflatten(0, (-1, self._times)) * weights[:, None]).sum(1)
+        joined = (made.unflatten(0, (-1, self._times)) * self._weights(made)).sum(1)
         if isinstance(output, tuple):
             return (joined, *output[1:])
         output.sample = joined
         return output
+
+    def _weights(self, made: Tensor) -> Tensor:
+        """[1 + n, 1, h, w] for predictions of this size; kept, or each step would copy the masks to the GPU again."""
+        kept = self._shares
+        if kept is None or kept.shape[-2:] != made.shape[-2:] or (kept.device, kept.dtype) != (made.device, made.dtype):
+            own = torch.cat([F.adaptive_avg_pool2d(m[None].to(made.device), made.shape[-2:]) for m in self._masks], 1)
+            self._shares = torch.cat([1 - own.sum(1, keepdim=True), own], 1)[0, :, None].to(made.dtype)
+        return self._shares
 
 
 def grown(mask: Tensor, margin: float) -> Tensor:

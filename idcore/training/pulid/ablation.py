@@ -10,7 +10,6 @@ over, what was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -28,6 +27,7 @@ from ...results import is_result
 from ...workflows import write_text
 from ..card import draw_curves, read_lines
 from ..data.procedural import procedural_folder
+from ..experiments import parser_of, table
 from . import exam as examining
 from .config import PuLIDTrainConfig, load_config
 from .data import open_data
@@ -136,11 +136,9 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path, settings: S
     (docs / "results").mkdir(parents=True, exist_ok=True)
     written = [docs / "results" / "pulid-ablation.json", docs / "pulid-ablation.md"]
     write_text(written[0], json.dumps(data, indent=1))
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines.append("| no identity | " + " | ".join(_cell([bare[k]] if k in bare else []) for k in COLUMNS) + " |")
-    for name in names:
-        mine = [r for r in rows if r["run"] == name]
-        lines.append(f"| {name} | " + " | ".join(_cell([r[k] for r in mine if k in r]) for k in COLUMNS) + " |")
+    named = {"no identity": [bare], **{name: [r for r in rows if r["run"] == name] for name in names}}
+    cells = lambda mine: [_cell([r[k] for r in mine if k in r]) for k in COLUMNS]  # noqa: E731
+    lines = table(COLUMNS, [(name, cells(mine)) for name, mine in named.items()])
     counts = {name: sum(r["run"] == name for r in rows) for name in names}
     write_text(written[1], _words([*lines, *_kept(rows, bare)], seeds, counts, settings))
     written.append(docs / "pulid-ablation-people.png")
@@ -209,16 +207,9 @@ def _curves(out: Path, seed: int) -> dict[str, tuple[list, list]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m idcore.training.pulid.ablation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/pulid-ablation"), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=None, help="write the report into this folder")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="changes", help="a setting, as of idcore train pulid"
-    )
+    parser = parser_of("pulid.ablation", __doc__, "runs/pulid-ablation", "a setting, as of idcore train pulid")
     parser.add_argument("--base", default="tiny-sd", help="the model that PuLID is trained on")
     parser.add_argument("--one-start", action="store_true", help="all seeds begin with the first one's stage 1")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     seeds = [int(s) for s in options.seeds.split(",")]

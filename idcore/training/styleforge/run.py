@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from ...errors import InputError
-from ...results import is_result
 from ...workflows import writable_folder
 from ..bases.latent import LatentBase
 from ..bases.opening import analyzer_for, open_text_base
 from ..commands import silent
 from ..data.few import FewPictures, Group, Pictures
 from ..data.style_ref import check_style_ref
-from ..loop import RESULT, train
+from ..loop import train
 from ..processes import device_of
+from ..resuming import finished
 from ..tuning import Tuned
 from .config import StyleForgeConfig
 from .search import StepSearch
@@ -88,11 +88,10 @@ def train_styleforge(
     """
     data.check(config)
     out = writable_folder(Path(out))
-    if is_result(out / RESULT):
-        if not resume:
-            raise InputError(f"{out} holds a finished training already; add --resume, or choose another --out")
-        say(f"done already: {out / RESULT}")
-        return out / RESULT
+    done = finished(out, resume)
+    if done is not None:
+        say(f"done already: {done}")
+        return done
     if config.pictures.mix:
         check_mix(config, data, say)
     if base is None:
