@@ -1,6 +1,7 @@
 """Drives headless Chromium over its debugging pipe: a page, its requests, clicks, files, screenshots."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -17,11 +18,10 @@ class Chromium:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
 
-        def ends():  # Chromium reads from 3 and writes to 4
-            os.dup2(to_read, 30)
-            os.dup2(to_write, 31)
-            os.dup2(30, 3)
-            os.dup2(31, 4)
+        def ends():  # Chromium reads from 3 and writes to 4, numbers that either end may have already
+            free = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, to_write)]
+            os.dup2(free[0], 3)
+            os.dup2(free[1], 4)
 
         command = [
             BINARY, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
