@@ -14,9 +14,9 @@ PROBE = """
 import json, sys, time
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import idcore
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 idcore.__version__
 new = set(sys.modules) - before
 heavy = [m for m in new if m.split('.')[0] in ('diffusers', 'transformers', 'onnxruntime', 'triton', 'PIL')]

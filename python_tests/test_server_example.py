@@ -156,7 +156,7 @@ def test_the_queue_is_bounded_and_the_answer_says_when_to_retry():
             for _ in "abc"
         ]
         ask[0].start()
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(60)
         for thread in ask[1:]:
             thread.start()
         while client.app.state.service.batcher.stats()["waiting"] < 2:
@@ -166,7 +166,7 @@ def test_the_queue_is_bounded_and_the_answer_says_when_to_retry():
         assert refused.json()["error"]["message"].startswith("2 requests are waiting already; try again in")
         engine.free.set()
         for thread in ask:
-            thread.join(5)
+            thread.join(60)
         assert [a.status_code for a in answers] == [200] * 3
         assert "idcore_refused_total 1" in client.get("/metrics").text
 
@@ -199,7 +199,7 @@ def test_who_goes_away_is_not_drawn():
         await asyncio.wait_for(request, 5)
 
     asyncio.run(go())
-    assert engine.stopped.wait(5)
+    assert engine.stopped.wait(60)
     assert app.state.service.batcher.stats()["abandoned"] == 1
     app.state.service.close()
 
@@ -308,18 +308,18 @@ def test_the_script_serves_and_shuts_down_gracefully(tmp_path):
                 url = line.split("running on ")[1].split()[0]
                 break
         assert url.startswith("http://127.0.0.1:")
-        assert httpx.get(f"{url}/health").json()["engine"] == "tiny"
+        assert httpx.get(f"{url}/health", timeout=60).json()["engine"] == "tiny"
         answers = []
         ask = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/v1/images", json={"prompt": "a photo"}, timeout=30))
+            target=lambda: answers.append(httpx.post(f"{url}/v1/images", json={"prompt": "a photo"}, timeout=60))
         )
         ask.start()
-        while "idcore_requests_total 1" not in httpx.get(f"{url}/metrics").text:
+        while "idcore_requests_total 1" not in httpx.get(f"{url}/metrics", timeout=60).text:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        ask.join(20)
+        ask.join(60)
         assert answers[0].status_code == 200  # what was taken is finished
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode in (0, -signal.SIGTERM)
     finally:
         process.kill()

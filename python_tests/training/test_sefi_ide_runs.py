@@ -166,10 +166,10 @@ def test_the_attention_term_is_the_loss_between_both_prompts(form, which):
     want = loss.total()
     if form == "sum":  # both layers have 64 image tokens, and the prompts as many text tokens
         want = want * 64 * (77 if where is None else int(where.sum()) / 2)
-    assert torch.allclose(terms["attention"], want, rtol=1e-5) and float(want) > 0
+    assert torch.allclose(terms["attention"], want, rtol=1e-5) and want.item() > 0
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in task.module.parameters())
-    assert task.logs()["attention"] == pytest.approx(float(want) / 0.5, rel=1e-4)
+    assert task.logs()["attention"] == pytest.approx(want.item() / 0.5, rel=1e-4)
     task.close()
 
 
@@ -192,7 +192,7 @@ def test_checkpointing_and_compiling_change_nothing(how, monkeypatch):
         torch.nn.init.normal_(task.module.expanders[0].out.weight, std=0.1)
         values = task.losses(batch, Step(0, 0, 1))
         sum(values.values()).backward()
-        found.append(([float(v) for v in values.values()], [p.grad for p in task.module.parameters()]))
+        found.append(([v.item() for v in values.values()], [p.grad for p in task.module.parameters()]))
         with task.drawing():
             assert task.base.unet._compiled_call_impl is None and not task.base.unet.is_gradient_checkpointing
         task.close()

@@ -35,7 +35,7 @@ def terms(changes, given, prediction="epsilon", batch=4, count=1, step=3):
     task, source = task_of(base, settings(*changes), given)
     found = []
     for b in source.micro_batches(step, 0, 0, 1, batch // count, count):
-        found.append({k: float(v) for k, v in task.losses(b, Step(0, step, 10)).items()})
+        found.append({k: v.item() for k, v in task.losses(b, Step(0, step, 10)).items()})
     names = [name for name, _ in task.sets]
     return {n: sum(f.get(n, 0.0) for f in found) / count for n in names}
 

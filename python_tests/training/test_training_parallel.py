@@ -29,7 +29,7 @@ def together(start, out, world=2, code=0, bases=(1.0, 1.0), resume=False, stop_i
     ]
     texts = []
     for rank, process in enumerate(members):
-        process.join(40)
+        process.join(150)
         if process.exitcode is None:
             [p.kill() for p in members]
         text = Path(f"{out}.{rank}.txt")

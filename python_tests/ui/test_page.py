@@ -108,9 +108,9 @@ def test_the_command_serves_until_interrupted_and_names_a_port_that_is_taken(ser
     )  # fmt: skip
     try:
         line = next(line for line in process.stderr if line.startswith("idcore ui: "))
-        assert httpx.get(line.split()[2]).status_code == 200
+        assert httpx.get(line.split()[2], timeout=60).status_code == 200
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
