@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from . import __version__
 from .cli_augment import augment
 from .cli_evaluate import evaluate
 from .cli_generate import generate
@@ -17,10 +18,25 @@ from .cli_stylise import stylise
 from .cli_train import app as train_app
 from .errors import told
 
-app = typer.Typer(
-    help="Identity-customised text-to-image diffusion, fast.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(train_app, name="train")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"idcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """Identity-customised text-to-image diffusion, fast."""
+
+
 app.command()(generate)
 app.command()(stylise)
 app.command()(evaluate)

@@ -289,6 +289,10 @@ def test_help_names_every_command():
         assert name in out
 
 
+def test_version():
+    assert run("--version") == (0, "idcore 0.1.0\n", "idcore 0.1.0\n")
+
+
 def test_main_prints_the_error_and_no_traceback(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["idcore", "encode", str(tmp_path / "none.png"), "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit) as end:

@@ -32,6 +32,24 @@ def test_import_is_light():
     assert not seen["heavy"] and not seen["compiled"] and not seen["cuda"] and not seen["torchvision"]
 
 
+def test_ops_and_the_embedded_pipeline_load_no_compiler():
+    """PyTorch's compiler takes longer to import than PyTorch: who does not compile does not wait for it."""
+    code = "import sys, idcore.ops, idcore.sampling.tiny_pipeline; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_our_mark_of_constants_is_the_compilers_own():
+    import torch
+
+    from idcore.backends.call import constant_in_traces
+
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert vars(constant_in_traces(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
 def test_public_names_resolve():
     for name in idcore.__all__:
         assert getattr(idcore, name) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,6 +41,9 @@ def _plain_python_unless_inlined(fn: Any) -> Any:
     elif hasattr(frames, "skip_code"):  # torch before 2.7
         frames.skip_code(fn.__code__)
     return fn
+
+
+_never_compiled = functools.cache(torch.compiler.disable)
 
 
 class IdStack:
@@ -89,10 +94,11 @@ class IdStack:
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if torch.compiler.is_compiling():
             self._begin_traced(timestep, sample)
-        else:
+        elif "torch._dynamo" in sys.modules:
+            _never_compiled(IdStack._begin)(self, unet, timestep, sample)
+        else:  # no compiler in this process; importing it here would take longer than a small UNet's pass
             self._begin(unet, timestep, sample)
 
-    @torch.compiler.disable
     def _begin(self, unet: nn.Module, timestep: Any, sample: torch.Tensor) -> None:
         if self.staged is not None:
             self.staged.begin(timestep, sample.device)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 MERGES = ("add", "ortho", "ortho_v2")
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def constant_in_traces(function: _Function) -> _Function:
+    """Mark a function whose result torch.compile takes as a constant.
+
+    What `torch.compiler.assume_constant_result` does, without its import of the whole compiler: that is longer than
+    PyTorch's own, and nobody who runs a command of ours without compiling needs it.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class Args(NamedTuple):

@@ -19,9 +19,9 @@ from ..attention.sites import attention_of, find_sites
 from ..attention.types import AttentionOptions, Site
 from ..identity import Identity
 from ..testing.cases import DTYPES
+from .arguments import count, numbers
 from .launches import count_launches
 from .rivals import EagerIdProcessor, TextOnlyProcessor
-from .rows import numbers
 from .unets import BASES, base_model
 
 VARIANTS = ("stock", "own_text_only", "id", "id_eager")
@@ -170,12 +170,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench e2e`."""
 
-    parser.add_argument("--base", choices=BASES, default="sdxl-random")
-    parser.add_argument("--size", type=int, default=512, help="pixels, a multiple of 64")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=int, default=32, help="identity tokens (32: PuLID v1.1; 10: v1)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved passes of each variant")
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--base", choices=BASES, default="sdxl-random", help="SDXL of random weights, or a tiny one")
+    parser.add_argument("--size", type=count, default=512, help="pixels, a multiple of 64")
+    parser.add_argument("--batch", type=count, default=1, help="pictures in a pass")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    parser.add_argument("--tokens", type=count, default=32, help="identity tokens (32: PuLID v1.1; 10: v1)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved passes of each variant")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed turns before")
     parser.add_argument("--threads-list", type=numbers, default=None, help="torch threads, such as 1,2: a row each")

@@ -17,7 +17,7 @@ from ..errors import InputError, MissingDependencyError
 from ..sampling.vae import DTYPES as VAE_DTYPES
 from ..testing.cases import DTYPES
 from ..testing.timing import percentile
-from .rows import numbers
+from .arguments import count, numbers
 
 BASES = ("tiny", "sdxl-random")
 PROMPT = "photo, green background"
@@ -218,19 +218,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench latency`."""
 
-    parser.add_argument("--base", choices=BASES, default="tiny")
+    parser.add_argument("--base", choices=BASES, default="tiny", help="the embedded model, or SDXL of random weights")
     parser.add_argument("--batches", type=numbers, default=(1, 2, 4, 8), help="pictures in a call: a row each")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=10, help="warm calls per row")
-    parser.add_argument("--size", type=int, default=1024, help="pixels (sdxl-random)")
+    parser.add_argument("--steps", type=count, default=4, help="denoising steps of a picture")
+    parser.add_argument("--rounds", type=count, default=10, help="warm calls per row")
+    parser.add_argument("--size", type=count, default=1024, help="pixels (sdxl-random)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="weights (sdxl-random)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     parser.add_argument("--runner", choices=("eager", "graph"), default="eager", help="graph: one CUDA graph")
     parser.add_argument("--decode-in-graph", action="store_true", help="the decode too (--runner graph)")
     parser.add_argument(
         "--vae-dtype", choices=("auto", *VAE_DTYPES), default="auto", help="of the decode (sdxl-random)"
     )
     parser.add_argument("--vae-compile", action="store_true", help="torch.compile the decode")
-    parser.add_argument("--tokens", type=int, default=32, help="identity tokens (sdxl-random)")
+    parser.add_argument("--tokens", type=count, default=32, help="identity tokens (sdxl-random)")
     parser.add_argument("--no-identity", dest="identity", action="store_false", help="text only")
     parser.add_argument("--plot", type=Path, default=None, help="write a picture of the rows here")

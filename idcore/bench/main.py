@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
+from .arguments import count
 
-from ..env import command_line, machine
-from . import handover, id_attention, ops, peak, roofline, rows
-from .gpu import main as gpu
-
-# Benchmarks of whole models: they need diffusers, which the others do not.
+# By command: the line in --help, and the module that holds its arguments. Nothing of it is imported, PyTorch neither,
+# before its command is called. Where each op's kernels are: docs/perf.md.
+OPS = {
+    "id_attention": "text and identities in one attention (csrc/cpu/id_attention_*, csrc/cuda/, kernels/triton/)",
+    "semantic_alignment": "PuLID's L_align of two passes (csrc/cpu/token_losses.cpp, kernels/triton/semantic.py)",
+    "stage_tokens": "words of a person by stage (csrc/cpu/stage_tokens.cpp, kernels/triton/tokens.py)",
+    "token_attention_loss": "a word in its mask (csrc/cpu/token_losses.cpp, kernels/triton/token_loss.py)",
+    "align_face": "face chips out of photos (csrc/cpu/align_face.cpp, csrc/cuda/align_face.cu)",
+    "kv_bank": "keys and values of all layers by one GEMM (idcore/ops/kv_bank.py)",
+    "ops": "all of these, forward and backward, with floors and shares of the machine's peak",
+}
+MACHINE = {
+    "peak": "what the machine reaches: multiply-adds in registers, copy bandwidth",
+    "handover": "what changing between PyTorch's OpenMP loops and ours costs",
+    "roofline": "plot and table of reports that are there",
+    "gpu": "build, test, sanitize and time the GPU kernels",
+}
+# Of whole models.
 MODELS = {
     "e2e": "one pass of a whole UNet, with and without identity",
     "stages": "a cross-attention layer whose text changes by stage, against plain text",
@@ -26,48 +38,50 @@ MODELS = {
     "train": "memory and work of a training step through four steps of SDXL, by shapes alone",
     "serving": "requests of different people at once, one by one against batches",
 }
+COMMANDS = OPS | MACHINE | MODELS
+ABOUT = (
+    "Times of ops and whole models. Each row of an op passes a parity check first; one that fails prints no time, "
+    "and the exit status is 1. Results go to standard output (--json: one JSON object), progress to standard error."
+)
 
 
-def _model_bench(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+def _module(name: str) -> ModuleType:
+    home = "ops" if name in OPS else "gpu.main" if name == "gpu" else name
+    return importlib.import_module(f".{home}", __package__)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m idcore.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*ops.OPS, *ops.OWN_ROWS, "ops"):
-        p = commands.add_parser(name, help="all ops" if name == "ops" else f"the op {name}")
-        p.add_argument("--backend", default="cpu", help="the backend that is timed (default: cpu)")
-        p.add_argument(
-            "--against", type=rows.some_of(rows.RIVALS), default=("eager", "compiled"),
-            help=f"what it is compared with, of {', '.join(rows.RIVALS)}",
-        )  # fmt: skip
-        p.add_argument("--cases", type=rows.some_of(id_attention.CASES), default=tuple(id_attention.DEFAULT_CASES))
-        p.add_argument("--dtype", type=rows.some_of(("fp32", "bf16", "fp16")), default=("fp32", "bf16"))
-        p.add_argument("--merge", type=rows.some_of(id_attention.MERGES), default=id_attention.MERGES)
-        both = rows.PASSES if name == "ops" else ("fwd",)
-        p.add_argument(
-            "--passes", type=rows.some_of(rows.PASSES), default=both, help="fwd, bwd (all gradients), or both"
-        )
-        p.add_argument("--batch", type=rows.numbers, default=(1,) if name == "ops" else (1, 2),
-                       help="batch sizes of id_attention, such as 1,2")  # fmt: skip
-        p.add_argument("--num-zero", type=int, default=8, help="zero tokens (8: PuLID's fidelity preset)")
-        p.add_argument(
-            "--clock", choices=("wall", "cpu"), default="wall",
-            help="cpu: the process's CPU time, for a machine that others use too; needs --threads 1",
-        )  # fmt: skip
-        p.add_argument("--rounds", type=int, default=20, help="interleaved turns per case")
-    commands.add_parser("peak", help="what the machine reaches: multiply-adds in registers, copy bandwidth")
-    turns = commands.add_parser("handover", help="what changing between PyTorch's OpenMP loops and ours costs")
-    turns.add_argument("--rounds", type=int, default=15)
-    roofline.add_arguments(commands.add_parser("roofline", help="plot and table of reports that are there"))
-    gpu.add_arguments(commands.add_parser("gpu", help="build, test, sanitize and time the GPU kernels"))
-    for name, about in MODELS.items() if importlib.util.find_spec("diffusers") else ():
-        _model_bench(name).add_arguments(commands.add_parser(name, help=about))
-    for p in commands.choices.values():
-        p.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """All commands by name; arguments of the one that is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idcore.bench", description=ABOUT, epilog="COMMAND --help lists what a command takes."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        p = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        if name != asked:
+            continue
+        _add_arguments(p, name)
+        p.add_argument("--threads", type=count, help="torch threads (default: torch's own choice)")
         p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        _tell_defaults(p)
     return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    if name in OPS:
+        _module(name).add_arguments(parser, name)
+    elif name != "peak":
+        _module(name).add_arguments(parser)
+
+
+def _tell_defaults(parser: argparse.ArgumentParser) -> None:
+    """Help that does not speak of its default gets it at its end."""
+    for action in parser._actions:
+        value = action.default
+        if action.help != argparse.SUPPRESS and value not in (None, False, argparse.SUPPRESS):
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            if "default" not in (action.help or ""):
+                action.help = f"{action.help or ''} (default: {value})".strip().replace("%", "%%")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -77,32 +91,37 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 1 when a backend was wrong: then no time is printed for that row."""
-    options = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    options = _parser(asked).parse_args(argv)
     if getattr(options, "clock", "wall") == "cpu" and options.threads != 1:
         raise SystemExit("bench: --clock cpu adds up all threads and their waiting; use it with --threads 1")
+    import torch
+
     threads = torch.get_num_threads()
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         if options.command in ("gpu", "roofline"):
-            return (gpu if options.command == "gpu" else roofline).run(options)
+            return _module(options.command).run(options)
         with torch.no_grad():
-            return _report(options)
+            return _report(options, torch.get_num_threads())
     finally:
         torch.set_num_threads(threads)
 
 
-def _report(options: argparse.Namespace) -> int:
-    report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": torch.get_num_threads()}
+def _report(options: argparse.Namespace, threads: int) -> int:
+    from ..env import command_line, machine
+
+    report: dict[str, Any] = {"machine": machine(), "command": command_line(), "threads": threads}
+    module = _module(options.command)
     if options.command == "peak":
-        report["rows"] = peak.rows(torch.get_num_threads())
-    elif options.command == "handover":
-        report.update(handover.run(options.rounds))
-    elif options.command in MODELS:
-        report.update(_model_bench(options.command).run(options))
+        report["rows"] = module.rows(threads)
+    elif options.command in OPS:
+        names = tuple(n for n in OPS if n != "ops") if options.command == "ops" else (options.command,)
+        report.update(module.run(options, names))
     else:
-        names = (*ops.OPS, *ops.OWN_ROWS) if options.command == "ops" else (options.command,)
-        report.update(ops.run(options, names))
+        report.update(module.run(options))
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()

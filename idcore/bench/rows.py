@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,24 +77,6 @@ def work(case: Any, direction: str) -> dict[str, int]:
     if direction == "fwd":
         return {"flops": case.flops, "bytes": case.bytes}
     return {"flops": case.backward_flops, "bytes": 2 * case.bytes}
-
-
-def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Reader of names with commas between, for argparse."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(n for n in text.split(",") if n)
-        wrong = [n for n in names if n not in allowed]
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: choose from {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Of an argument such as "1,2"."""
-    return tuple(int(n) for n in text.split(","))
 
 
 def floor_ms(case: Any, direction: str, gflops: float | None, gb_per_s: float) -> float:

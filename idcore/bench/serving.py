@@ -13,7 +13,7 @@ import torch
 from ..demo import PHOTO
 from ..identity import Identity
 from ..serving import Batcher, DrawRequest, Ticket, TinyEngine
-from .rows import numbers
+from .arguments import count, numbers
 
 PEOPLE = 16
 
@@ -21,9 +21,9 @@ PEOPLE = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `python -m idcore.bench serving`."""
     parser.add_argument("--batch", type=numbers, default=(1, 2, 4, 8, 16), help="sizes of a batch")
-    parser.add_argument("--requests", type=int, default=32, help="at once, each of another person, prompt and seed")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved turns per size")
+    parser.add_argument("--requests", type=count, default=32, help="at once, each of another person, prompt and seed")
+    parser.add_argument("--steps", type=count, default=4, help="denoising steps of a picture")
+    parser.add_argument("--rounds", type=count, default=3, help="interleaved turns per size")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from ..attention.types import Site
 from ..ops import id_attention
 from ..testing.cases import DTYPES
 from ..testing.eager import eager_id_attention
+from .arguments import count, numbers, some_of
 from .launches import count_launches
 from .rivals import TextOnlyProcessor
-from .rows import numbers, some_of
 
 # Image tokens, channels, heads: SDXL's two kinds of cross-attention at 1024 pixels, and one that tests can afford.
 CASES = {"N=4096 C=640": (4096, 640, 10), "N=1024 C=1280": (1024, 1280, 20), "tiny": (64, 64, 2)}
@@ -165,10 +165,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=some_of(cases), default=cases[:2], help=f"some of {', '.join(cases)}")
     parser.add_argument("--dtype", type=some_of(dtypes), default=("fp32", "bf16"), help=f"some of {', '.join(dtypes)}")
     parser.add_argument("--stages", type=int, choices=range(1, 11), default=5, help="1 to 10")
-    parser.add_argument("--batch", type=int, default=2, help="2: both halves of guidance")
+    parser.add_argument("--batch", type=count, default=2, help="2: both halves of guidance")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: the process's CPU time, for a machine that others use too; needs --threads 1",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each variant")
+    parser.add_argument("--rounds", type=count, default=15, help="turns of each variant")
     parser.add_argument("--threads-list", type=numbers, default=None, help="torch threads, such as 1,2: a row each")

@@ -25,6 +25,7 @@ from ..training.losses.alignment import AlignmentOptions, alignment_loss
 from ..training.losses.faces import Recogniser
 from ..training.through_steps import Through, through_steps
 from . import fakes
+from .arguments import count
 from .live_memory import LiveMemory
 from .train_check import validation
 
@@ -220,6 +221,6 @@ def _stages(text: str) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench train`."""
-    parser.add_argument("--size", type=int, default=768, help="pixels, a multiple of 64 (default: the paper's 768)")
+    parser.add_argument("--size", type=count, default=768, help="pixels, a multiple of 64 (default: the paper's 768)")
     parser.add_argument("--merge", choices=tuple(MERGES), default="add", help="how the identity joins (default: add)")
     parser.add_argument("--stages", type=_stages, default=tuple(STAGES), help="2 (L_id), 3 (and L_align), or both")

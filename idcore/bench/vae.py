@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..sampling.vae import LatentDecoder
 from ..testing.cases import DTYPES
 from ..testing.timing import interleaved
-from .rows import numbers, some_of
+from .arguments import count, numbers, some_of
 from .unets import sdxl_vae
 
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -122,16 +122,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m idcore.bench vae`."""
-    parser.add_argument("--size", type=int, default=1024, help="pixels, a multiple of 8")
+    parser.add_argument("--size", type=count, default=1024, help="pixels, a multiple of 8")
     parser.add_argument("--batches", type=numbers, default=(1,), help="pictures in a call: a row each")
     dtypes = tuple(DTYPES)
     parser.add_argument("--dtype", type=some_of(dtypes), default=("fp32", "bf16"), help=f"some of {', '.join(dtypes)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     parser.add_argument(
         "--variants",
         type=some_of(VARIANTS),
         default=("diffusers", "ours", "compiled", "graph"),
         help=f"some of {', '.join(VARIANTS)}; graph: on a GPU",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved decodes of each variant")
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved decodes of each variant")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed turns before")

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from ..backends.call import Call
+from ..backends.call import Call, constant_in_traces
 from ..errors import InputError, NoBackendError
 
 ORDER = ("cuda", "triton", "cpu", "sdpa", "reference")
@@ -57,7 +57,7 @@ def _choose(call: Call, backend: str | None) -> str:
     raise NoBackendError("\n".join([head, f"  call: {call.describe()}", *lines, f"  fix: {fix}"]))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def only_torch(device: str) -> bool:
     """True where no compiled backend of ours is usable on the device, so that a traced call inlines PyTorch's ops.
 
@@ -119,7 +119,7 @@ def choose_for_loss(plain: str, op: str, q: torch.Tensor, keys: tuple[torch.Tens
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _against_loss(name: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...], dense: bool) -> list[str]:
     """Reasons, a constant while tracing. sizes: B, H, Lq, Lt, D"""
     return why_not(name, Call(device, dtype, *sizes, (), "add", False, False, False, False, dense))

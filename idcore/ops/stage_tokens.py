@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..backends.call import constant_in_traces
 from ..errors import InputError, NoBackendError
 
 # Asked in this order. A module brings why_not(device, dtype), forward and backward as in reference_tokens.
@@ -106,7 +107,7 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _first(device: str, dtype: torch.dtype, names: tuple[str, ...]) -> str:
     refusals = {}
     for name in names:

@@ -1,14 +1,20 @@
 """The benchmark's JSON, its gate, and the parity rule that it stands on."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import idcore
 from idcore.backends import cpu, cpu_tokens, sdpa
 from idcore.bench import align_face, kv_bank
-from idcore.bench.main import main
+from idcore.bench.main import COMMANDS, main
+from idcore.bench.main import OPS as NAMED_OPS
 from idcore.bench.ops import OPS, OWN_ROWS
 from idcore.ops import id_attention
 from idcore.testing import Case, assert_parity, check_parity, fuzz, make_inputs, random_case
@@ -154,3 +160,38 @@ def test_a_run_leaves_gradients_and_threads_as_they_were(capsys):
     main(["peak", "--threads", str(before + 1), "--json"])
     assert torch.is_grad_enabled() and torch.get_num_threads() == before
     assert json.loads(capsys.readouterr().out)["threads"] == before + 1
+
+
+def test_help_knows_all_commands_and_imports_none():
+    """Who looks for a command does not wait for PyTorch."""
+    code = (
+        "import sys\nfrom idcore.bench.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"
+        "    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n") and not done.stderr
+    assert all(f"    {name} " in done.stdout or f"    {name}\n" in done.stdout for name in COMMANDS)
+    assert [n for n in NAMED_OPS if n != "ops"] == [*OPS, *OWN_ROWS]
+
+
+def test_help_names_files_that_are_there():
+    root = Path(idcore.__file__).parents[1]
+    for about in NAMED_OPS.values():
+        for place in re.findall(r"(?:csrc|kernels|idcore)/[\w./*]+", about):
+            assert list(root.glob(place)), place
+
+
+def test_help_of_a_command_says_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["id_attention", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: sdxl-4096x640,sdxl-1024x1280)" in text and "(default: wall)" in text and "(default: 20)" in text
+    for args, wanted in (
+        (["id_attention", "--rounds", "0"], "wanted a whole number from 1, got '0'"),
+        (["id_attention", "--batch", "1,a"], "wanted a whole number from 1, got 'a'"),
+        (["id_attention", "--dtype", "fp8"], "fp8: choose from fp32, bf16, fp16"),
+        (["peak", "--threads", "-2"], "--threads"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(args)
+        assert wanted in capsys.readouterr().err
