@@ -33,19 +33,22 @@ class Exam:
     def __init__(self, base: TinySDBase) -> None:
         self.base, self.styles, self.faces = base, Styles(), Judge()
         self.walls = [c for c in CONTENTS.values() for _ in SEEDS]
-        self.before: dict[str, list[Image.Image]] = {}  # the base's own pictures by word
+        self.before: dict[tuple[str, float], list[Image.Image]] = {}  # the base's own pictures by word and guidance
 
-    def __call__(self, target: str, words: StyleWords) -> tuple[dict[str, float], list[Image.Image]]:
+    def __call__(
+        self, target: str, words: StyleWords, guidance: float = 1.0
+    ) -> tuple[dict[str, float], list[Image.Image]]:
         """`MEASURES`, most of them shares of pictures; and pictures of people, of nobody, and without the word."""
-        shown = self._draw([words.person(c) for c in CONTENTS])
-        empty = self._draw([words.place(c) for c in EMPTY])
-        plain = self._draw([f"a photo of {c}" for c in CONTENTS])
+        shown = self._draw([words.person(c) for c in CONTENTS], guidance)
+        empty = self._draw([words.place(c) for c in EMPTY], guidance)
+        plain = self._draw([f"a photo of {c}" for c in CONTENTS], guidance)
+        before = self.before.get((words.style, guidance), shown)
         styled = np.array([s == target for s in self.styles(shown)])
         walled = np.array([background_of(p) == c for p, c in zip(shown, self.walls, strict=True)])
         faced = np.array([self._face(p) for p in shown])
         figures = {
             "style": styled.mean(),
-            "way": self.styles.way(self.before.get(words.style, shown), shown, target, list(CONTENTS.values())),
+            "way": self.styles.way(before, shown, target, list(CONTENTS.values())),
             "background": walled.mean(),
             "face": faced.mean(),
             "all": (styled & walled & faced).mean(),
@@ -55,9 +58,9 @@ class Exam:
         row = [*shown[:: len(SEEDS)], *empty[:: len(SEEDS)], *plain[:: len(SEEDS)]]
         return {k: float(v) for k, v in figures.items()}, row
 
-    def remember(self, words: StyleWords) -> None:
+    def remember(self, words: StyleWords, guidance: float = 1.0) -> None:
         """The pictures that the base draws now are where the way to a style begins."""
-        self.before[words.style] = self._draw([words.person(c) for c in CONTENTS])
+        self.before[words.style, guidance] = self._draw([words.person(c) for c in CONTENTS], guidance)
 
     def by_word(self) -> dict[str, dict[str, float]]:
         """ "style" and "way" of `MEASURES` by style, where the base is asked for it by its own name."""
@@ -72,10 +75,10 @@ class Exam:
     def _face(self, picture: Image.Image) -> bool:
         return self.faces.embed(picture) is not None
 
-    def _draw(self, prompts: Sequence[str]) -> list[Image.Image]:
-        """A picture of every prompt with every seed, all in one pass."""
+    def _draw(self, prompts: Sequence[str], guidance: float = 1.0) -> list[Image.Image]:
+        """A picture of every prompt with every seed, all in one pass; guidance above 1 is away from an empty prompt."""
         generators = [torch.Generator().manual_seed(s) for _ in prompts for s in SEEDS]
         return self.base.pipe(
-            [p for p in prompts for _ in SEEDS], height=SIZE, width=SIZE, num_inference_steps=4, guidance_scale=1.0,
+            [p for p in prompts for _ in SEEDS], height=SIZE, width=SIZE, num_inference_steps=4, guidance_scale=guidance,
             generator=generators,
         ).images  # fmt: skip

@@ -3,8 +3,9 @@
     python -m idcore.training.styleforge.experiment --base runs/unseeing/model --docs docs
 
 For each style and seed: DreamBooth without Aux (the StyleRef term alone), StyleForge, and Multi-StyleForge, with the
-same number of steps and of StyleRef samples in a step. The base never saw the styles where
-`idcore train tiny-sd --set without_styles=pencil,oil,cartoon` made it. Resumable: what is done is passed over.
+same number of steps and of StyleRef samples in a step, each drawn at every value of --guidance. The base never saw the
+styles where `idcore train tiny-sd --set without_styles=pencil,oil,cartoon` made it. Resumable: what is done is passed
+over.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ METHODS = {
 UNTRAINED = "no training"
 PEOPLE, PLACES, AUX = 10, 6, 16  # pictures
 REF_SEED, AUX_SEED = 5_100_000, 5_200_000  # of the people on them
+GUIDANCE = (1.5, 1.0)  # when pictures are drawn; the paper's base is always drawn with it, tiny-sd needs none
 CHANGES = (
     "loop.steps=300", "loop.ema=0.95", "tune.text_encoder=true", "words.style=[V] style,a photo of [V] style",
     "words.background=[W] style,a photo of [W] style", "words.aux=style,a photo of style", "loop.validate_every=0",
@@ -65,9 +67,9 @@ def words_of(method: str) -> StyleWords:
 
 def run(
     out: Path, seeds: Sequence[int], targets: Sequence[str], changes: Sequence[str], say: Say,
-    base: TinySDBase | None = None,
+    base: TinySDBase | None = None, guidance: Sequence[float] = GUIDANCE,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and measure what is missing."""
+    """Train and measure what is missing. A row for each seed, style, method and guidance."""
     out.mkdir(parents=True, exist_ok=True)
     base = base or TinySDBase.from_package()
     exam: Exam | None = None
@@ -76,18 +78,26 @@ def run(
         for target in targets:
             for method in (*METHODS, *([UNTRAINED] if seed == seeds[0] else [])):
                 folder = out / f"seed{seed}" / target / method.replace(" ", "-")
-                if not (folder / "measures.json").exists():
-                    exam = exam or open_exam(base, out)
-                    _one(exam, base, folder, (seed, target, method), changes, say)
-                rows.append({"seed": seed, "target": target, "method": method})
-                rows[-1] |= json.loads((folder / "measures.json").read_text())
+                missing = [g for g in guidance if not measures_of(folder, g).exists()]
+                if missing:
+                    exam = exam or open_exam(base, out, guidance)
+                    _one(exam, base, folder, (seed, target, method), missing, changes, say)
+                for g in guidance:
+                    rows.append({"seed": seed, "target": target, "method": method, "guidance": g})
+                    rows[-1] |= json.loads(measures_of(folder, g).read_text())
     return {**json.loads((out / "exam.json").read_text()), "rows": rows}
 
 
-def open_exam(base: TinySDBase, out: Path) -> Exam:
+def measures_of(folder: Path, guidance: float) -> Path:
+    """Where a run's figures at a guidance are; its pictures lie beside them."""
+    return folder / f"measures-{guidance:g}.json"
+
+
+def open_exam(base: TinySDBase, out: Path, guidance: Sequence[float]) -> Exam:
     """The exam on a base as it is; what is known of both goes to OUT/exam.json."""
     exam = Exam(base)
-    exam.remember(words_of(""))
+    for g in guidance:
+        exam.remember(words_of(""), g)
     shipped = exam.by_word() if base.name == "tiny-sd" else Exam(TinySDBase.from_package()).by_word()
     told_of = {"name": base.name, "by word": exam.by_word()}
     config = Path(base.name) / "config.json"
@@ -101,12 +111,12 @@ def open_exam(base: TinySDBase, out: Path) -> Exam:
 
 
 def _one(
-    exam: Exam, base: TinySDBase, folder: Path, what: tuple[int, str, str], changes: Sequence[str], say: Say
-) -> None:
+    exam: Exam, base: TinySDBase, folder: Path, what: tuple[int, str, str], guidance: Sequence[float],
+    changes: Sequence[str], say: Say,
+) -> None:  # fmt: skip
     """Train one style by one method where it is not there yet, draw with it, write its measures."""
     seed, target, method = what
     folder.mkdir(parents=True, exist_ok=True)
-    more: dict[str, float] = {}
     on: Any = contextlib.nullcontext()
     if method in METHODS:
         config = load_config(None, [*CHANGES, *METHODS[method], *changes, f"loop.seed={seed}"], "tiny-sd")
@@ -114,13 +124,16 @@ def _one(
         if not is_result(made):
             going_on = any(folder.glob("checkpoints/step-*"))
             made = train_styleforge(config, data, folder, base=base, resume=going_on)
-            more["seconds"] = round(time.process_time() - start, 1)
+            say(f"seed {seed}, {target}, {method}: trained, {time.process_time() - start:.0f} s of CPU")
         on = load_lora(base.pipe, made / "styleforge.safetensors")
     with on:
-        figures, pictures = exam(target, words_of(method))
-    _row(pictures).save(folder / "pictures.png")
-    write_text(folder / "measures.json", json.dumps(figures | more))
-    say(f"seed {seed}, {target}, {method}: " + ", ".join(f"{k} {v:.2f}" for k, v in (figures | more).items()))
+        for g in guidance:
+            figures, pictures = exam(target, words_of(method), g)
+            file = measures_of(folder, g)
+            _row(pictures).save(file.with_suffix(".png"))
+            write_text(file, json.dumps(figures))
+            found = ", ".join(f"{k} {v:.2f}" for k, v in figures.items())
+            say(f"seed {seed}, {target}, {method}, guidance {g:g}: {found}")
 
 
 def _row(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -134,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = parser_of("styleforge.experiment", __doc__, "runs/styleforge", "of idcore train styleforge")
     parser.add_argument("--base", type=Path, default=None, help="result of idcore train tiny-sd; default: the shipped")
+    parser.add_argument("--guidance", default=",".join(f"{g:g}" for g in GUIDANCE), help="pictures are drawn at each")
     parser.add_argument("--styles", default="pencil,oil,cartoon", help=f"of {', '.join(TARGETS)}")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -142,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         seeds, styles = [int(s) for s in options.seeds.split(",")], options.styles.split(",")
         base = TinySDBase.from_folder(options.base) if options.base else TinySDBase.from_package()
-        found = run(options.out, seeds, styles, options.changes, say, base)
+        guidance = [float(g) for g in options.guidance.split(",")]
+        found = run(options.out, seeds, styles, options.changes, say, base, guidance)
         settings = [*CHANGES, *options.changes]
         for path in report(options.out, found, settings, options.docs or options.out / "report"):
             print(path)
