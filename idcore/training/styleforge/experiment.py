@@ -35,7 +35,7 @@ from .exam import Exam
 from .experiment_page import report
 from .run import StyleData, train_styleforge
 
-TARGETS = {"pencil": "cartoon", "oil": "cartoon", "cartoon": "oil", "duotone": "cartoon"}  # and the Aux images' style
+TARGETS = ("pencil", "oil", "cartoon", "duotone")  # painted; Aux images show people in the others by turns
 METHODS = {
     "DreamBooth without Aux": ("loss.aux=0", "loop.batch=2"),
     "StyleForge": ("loop.batch=4",),
@@ -44,7 +44,7 @@ METHODS = {
 UNTRAINED = "no training"
 PEOPLE, PLACES, AUX = 10, 6, 16  # pictures
 REF_SEED, AUX_SEED = 5_100_000, 5_200_000  # of the people on them
-GUIDANCE = (1.5, 1.0)  # when pictures are drawn; the paper's base is always drawn with it, tiny-sd needs none
+GUIDANCE = (2.0, 1.0)  # of the drawing, chosen on seed 7; Stable Diffusion is drawn with it, tiny-sd needs none
 CHANGES = (
     "loop.steps=300", "loop.ema=0.95", "tune.text_encoder=true", "words.style=[V] style,a photo of [V] style",
     "words.background=[W] style,a photo of [W] style", "words.aux=style,a photo of style", "loop.validate_every=0",
@@ -54,10 +54,10 @@ CHANGES = (
 
 def data_of(target: str, seed: int, multi: bool) -> StyleData:
     """StyleRef and Aux images of a style; other people for each seed."""
-    first = 1000 * seed + 100 * list(TARGETS).index(target)
+    first, others = 1000 * seed + 100 * TARGETS.index(target), [s for s in TARGETS if s != target]
     people = [person(REF_SEED + first + i, [target])[0] for i in range(PEOPLE)]
     places = [place(REF_SEED + first + i, target) for i in range(PLACES)]
-    aux = [person(AUX_SEED + first + i, [TARGETS[target]])[0] for i in range(AUX)]
+    aux = [person(AUX_SEED + first + i, [others[i % len(others)]])[0] for i in range(AUX)]
     return StyleData(None, aux, people, places) if multi else StyleData([*people, *places], aux)
 
 
