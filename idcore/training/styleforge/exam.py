@@ -79,6 +79,6 @@ class Exam:
         """A picture of every prompt with every seed, all in one pass; guidance above 1 is away from an empty prompt."""
         generators = [torch.Generator().manual_seed(s) for _ in prompts for s in SEEDS]
         return self.base.pipe(
-            [p for p in prompts for _ in SEEDS], height=SIZE, width=SIZE, num_inference_steps=4, guidance_scale=guidance,
-            generator=generators,
+            [p for p in prompts for _ in SEEDS], height=SIZE, width=SIZE, num_inference_steps=4,
+            guidance_scale=guidance, generator=generators,
         ).images  # fmt: skip

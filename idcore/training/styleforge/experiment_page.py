@@ -35,21 +35,30 @@ def _page(found: Mapping[str, Any], settings: Sequence[str]) -> str:
     count, methods = len(CONTENTS) * len(SEEDS), list(dict.fromkeys(r["method"] for r in rows))
     return "\n".join([
         "# StyleForge on drawn styles", "", _base(found["base"]), "",
-        "LoRA; 10 pictures of people and 6 of places in the style; 16 Aux images of people in another painted style, "
-        "which the base does not know either; all drawn by the project. DreamBooth without Aux has the StyleRef term "
-        "alone, with as many StyleRef samples in a step and as many steps; the last weights count, a moving average. "
-        f"Means over {len(seeds)} seeds ({len(targets)} styles each; people, first weights and noise differ) "
+        "LoRA; 10 pictures of people and 6 of places in the style; 16 Aux images of people in other painted styles by "
+        "turns, which the base does not know either; all drawn by the project. DreamBooth without Aux has the StyleRef "
+        "term alone, with as many StyleRef samples in a step and as many steps; the last weights count, a moving "
+        f"average. Means over {len(seeds)} seeds ({len(targets)} styles each; people, first weights and noise differ) "
         f"with the spread between the seeds; {count} pictures of people, {len(EMPTY) * len(SEEDS)} of nobody and "
-        f"{count} without the style's word a run.", "",
-        *_table(rows, seeds), "", *_said_of_columns(found["judge"]), "",
-        "Share of pictures in the target style, by style:", "", *_by_style(rows, "style"), "",
-        "Way to the style:", "", *_by_style(rows, "way"), "",
-        "Photo without the word:", "", *_by_style(rows, "plain"), "",
+        f"{count} without the style's word a run. Guidance is away from the empty prompt; 1: none.",
+        *(line for g in dict.fromkeys(r["guidance"] for r in rows) for line in _drawn_at(g, rows, seeds)),
+        "", "## What the columns say", "", *_said_of_columns(found["judge"]), "",
         f"Settings: {', '.join(f'`{s}`' for s in settings)}. Runs: `docs/results/styleforge.json`. Again: "
         "`python -m idcore.training.styleforge.experiment`.", "",
         f"First seed. From left to right: {', '.join(said for _, said in BLOCKS)}. For each style the rows are "
         f"{', '.join(methods)}:", "", "![pictures](styleforge-results.png)", "",
     ])  # fmt: skip
+
+
+def _drawn_at(guidance: float, rows: Sequence[Mapping], seeds: Sequence[int]) -> list[str]:
+    mine = [r for r in rows if r["guidance"] == guidance]
+    parts = ("style", "Share of pictures in the target style"), ("way", "Way to the style"), ("face", "Face found"), (
+        "plain", "Photo without the word",
+    )  # fmt: skip
+    return [
+        "", f"## Drawn with guidance {guidance:g}", "", *_table(mine, seeds),
+        *(line for key, said in parts for line in ("", f"{said}, by style:", "", *_by_style(mine, key))),
+    ]  # fmt: skip
 
 
 def _base(base: Mapping[str, Any]) -> str:
@@ -110,18 +119,19 @@ def _cell(by_seed: Sequence[Sequence[float]]) -> str:
 
 
 def _sheet(out: Path, rows: Sequence[Mapping]) -> Image.Image:
-    """Pictures of the first seed: a block for each style, a row for each method."""
+    """Pictures of the first seed: a block for each style and guidance, a row for each method."""
     first = [r for r in rows if r["seed"] == min(r["seed"] for r in rows)]
     found: dict[str, list[Image.Image]] = {}
     for r in first:
-        file = out / f"seed{r['seed']}" / r["target"] / r["method"].replace(" ", "-") / "pictures.png"
-        found.setdefault(r["target"], []).append(Image.open(file))
+        name = f"measures-{r['guidance']:g}.png"
+        file = out / f"seed{r['seed']}" / r["target"] / r["method"].replace(" ", "-") / name
+        found.setdefault(f"{r['target']}, guidance {r['guidance']:g}", []).append(Image.open(file))
     width, line, edge = max(p.width for some in found.values() for p in some), 14, 64
     height = sum(line + edge * len(some) for some in found.values())
     sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), 0
-    for target, some in found.items():
-        pen.text((2, y + 1), target, fill="black")
+    for said, some in found.items():
+        pen.text((2, y + 1), said, fill="black")
         y += line
         for row in some:
             sheet.paste(row, (0, y))
