@@ -99,13 +99,23 @@ inline Sizes complete(const IdAttentionParams& p, int warps, int64_t grid, int64
   return s;
 }
 
-// One tile a block. Many warps save reads of K and V; fewer where the call is too small to fill the GPU with
-// such blocks, or where shared memory is short (99 KB on sm_89).
+// One tile a block. Blocks go to multiprocessors as these become free, so what counts is how much the busiest
+// of them gets: that much in whole blocks, one more warp a block for the reads of K and V that its warps
+// share (our choice). Of equals the larger block, which reads less; shared memory may be short (99 KB on
+// sm_89).
 inline Sizes plan_apart(const IdAttentionParams& p, const Limits& limits) {
-  int warps = max_warps(p.head_dim, two_passes(p));
-  while (warps > 1 && chunks_of(p, warps) * p.heads * p.batch < 2 * limits.multiprocessors) warps /= 2;
-  while (warps > 1 && slot_offset(p, warps) + slot_bytes(p.head_dim, warps) > limits.shared_bytes) --warps;
-  return complete(p, warps, 0, 1, false);
+  const int64_t processors = limits.multiprocessors > 0 ? limits.multiprocessors : 1;
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int warps = max_warps(p.head_dim, two_passes(p)); warps > 0; --warps) {
+    if (slot_offset(p, warps) + slot_bytes(p.head_dim, warps) > limits.shared_bytes) continue;
+    const int64_t tiles = chunks_of(p, warps) * p.heads * p.batch;
+    const int64_t cost = (tiles + processors - 1) / processors * (warps + 1);
+    if (cost >= least) continue;
+    least = cost;
+    best = warps;
+  }
+  return complete(p, best, 0, 1, false);
 }
 
 // Slots that a block of so many tiles needs at least. Copies run two stages ahead, so where a tile is one

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.id_attention import numbers
+
 if TYPE_CHECKING:
     from .conditioning import Branch, Conditioning
 
@@ -52,7 +54,7 @@ class Group(NamedTuple):
         device = self.branches[0].k[0].device
         wide = []
         for s in scales:
-            t = s if isinstance(s, Tensor) else torch.tensor(s, dtype=torch.float32, device=device)
+            t = s if isinstance(s, Tensor) else numbers(s, device)
             wide.append(t if t.dim() == 2 else t[:, None].expand(-1, batch))
         return torch.cat(wide)
 

@@ -47,7 +47,8 @@ def _row(context: Tensor, weights: Weights, dtype: str, options: argparse.Namesp
     values = 2 * LAYERS * HIDDEN * WIDTH
     arithmetic = 2 * batch * length * values / gflops if gflops else 0.0
     floor = max(arithmetic, values * context.element_size() / gb) * 1e-6
-    return figures(head, error, 2 * eager + (1e-6 if dtype == "fp32" else 1e-5), calls, floor, options)
+    limit = 2 * eager + (1e-6 if dtype == "fp32" else 1e-5)
+    return figures(head, error, limit, calls, floor, options, context.device.type)
 
 
 def rows(

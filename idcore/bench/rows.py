@@ -152,13 +152,19 @@ def measure(
 
 
 def figures(
-    head: dict[str, Any], error: float, limit: float, calls: Calls, floor: float, options: argparse.Namespace
+    head: dict[str, Any], error: float, limit: float, calls: Calls, floor: float, options: argparse.Namespace,
+    device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of an op with cases of its own: as `measure`, with the parity judged by the caller."""
+    """A row of an op with cases of its own: as `measure`, with the parity judged by the caller.
+
+    Args:
+        device: where the calls run; times on "cuda" wait for its work.
+    """
     row = {**head, "parity": error <= limit}
     if row["parity"]:
         clock = time.process_time if options.clock == "cpu" else time.perf_counter
-        row |= _figures(interleaved(calls, rounds=options.rounds, clock=clock), floor, bool(floor))
+        times = interleaved(calls, rounds=options.rounds, device=device, clock=clock)
+        row |= _figures(times, floor, bool(floor))
     else:
         row |= {"error": error, "limit": limit}
     print(row, file=sys.stderr, flush=True)

@@ -150,7 +150,11 @@ def _check_out(out: Tensor, a: Args, needs_grad: bool) -> None:
 
 def _scale_tensor(a: Args) -> Tensor:
     """Scales as float32 [n, B]."""
-    if isinstance(a.scale, Tensor):
-        return a.scale
-    s = torch.tensor(a.scale, dtype=torch.float32, device=a.q.device)
-    return s[:, None].expand(len(a.scale), a.q.shape[0])
+    return a.scale if isinstance(a.scale, Tensor) else numbers(a.scale, a.q.device)[:, None].expand(-1, a.q.shape[0])
+
+
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [n] of numbers, written on the device: a copy from the CPU would wait for a GPU's work, and cannot be
+    captured in a CUDA graph."""
+    each = [torch.full((1,), x, dtype=torch.float32, device=device) for x in values]
+    return torch.cat(each) if each else torch.empty(0, device=device)

@@ -53,6 +53,7 @@ class Built:
     registers: int
     spills: int
     instructions: set[str] = field(default_factory=set)  # SASS mnemonics with their suffixes
+    to_one_number: bool = False  # whether a sum over all of a vector is taken
 
 
 @contextlib.contextmanager
@@ -97,4 +98,5 @@ def read(kernel, capability: int) -> Built:
         registers=int(re.search(r"Used (\d+) registers", log)[1]), spills=spilled,
         instructions=set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass,
                                     re.MULTILINE)),
+        to_one_number=re.search(r"\(tensor<\d+xf32>\) -> f32", kernel.asm["ttir"]) is not None,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def forward(q: Tensor, k: Tensor, k_ref: Tensor, weight: Tensor) -> tuple[Tensor
     """
     arguments, grid, options = _common("loss", q, k, k_ref, weight)
     b, h, lq, _ = q.shape
-    loss = torch.empty(grid[0], b * h, device=q.device)
+    loss = torch.empty(b, h, lq, device=q.device)
     rows = torch.empty(3, b, h, lq, device=q.device)
     given = dict(LOSS=loss, LSE=rows[0], LSE_R=rows[1], DELTA=rows[2])
     start(kernels.loss_kernel, grid, options, **arguments, **given, ONE=k.shape[2] <= arguments["BN"])

@@ -1,14 +1,32 @@
 """The GPU command on a machine without a GPU: it says so, and its parts' bookkeeping is right."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from idcore.backends import cpu, sdpa
-from idcore.bench.gpu import build, calls, main, place, races, report, sanitize, shapes, tests, timings
+from idcore.bench.gpu import (
+    build,
+    calls,
+    graphs,
+    main,
+    place,
+    progress,
+    races,
+    report,
+    sanitize,
+    shapes,
+    steps,
+    tests,
+    timings,
+)
 from idcore.bench.main import main as bench
 from idcore.testing import Case
 
@@ -99,19 +117,62 @@ def test_verdicts_of_the_sanitizer():
     assert not sanitize.judged("", 0)["ok"], "no summary"
 
 
-def test_counts_of_the_test_processes():
-    xml = (
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-        '<testcase name="a"/><testcase name="b"><failure message="no">line 3: assert</failure></testcase>'
-        '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
-    )
-    found = tests.counted(xml)
-    assert (found["tests"], found["failures"], found["skipped"], found["failed"]) == (
-        3,
-        1,
-        1,
-        ["b: no\nline 3: assert"],
-    )
+TESTS = """
+import os, sys, time, pytest
+def test_passes(): pass
+def test_fails(): assert 1 == 2, "one is two"
+@pytest.mark.skip
+def test_is_skipped(): pass
+def test_hangs(): time.sleep(600)
+def test_dies(): os._exit(9)
+def test_comes_last(): pass
+"""
+
+
+def test_a_test_that_hangs_or_dies_costs_itself(tmp_path, monkeypatch):
+    """And those before and behind it count."""
+    folder = tmp_path / "python_tests" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_some.py").write_text(TESTS.replace("def test_", "@pytest.mark.gpu\ndef test_"))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(tests.__file__).resolve().parents[3]))
+    shard = tests._Shard(tmp_path, "0/1")
+    done = False
+    while not done:
+        last = ([{}] + progress.lines(shard.file)[shard.before :])[-1]  # of this process
+        shard.patience = 0.0 if last.get("began", "").endswith("test_hangs") else 1e9
+        done = shard.look()
+        time.sleep(0.1)
+    found = shard.result()
+    counts = (found["tests"], found["failures"], found["skipped"], found["errors"])
+    assert counts == (4, 1, 1, 2), shard.file.read_text()
+    texts = "\n".join(found["failed"])
+    assert "test_fails: " in texts and "one is two" in texts
+    assert "test_hangs: hung for 0 s" in texts and "test_dies: its process ended with status 9" in texts
+
+
+def test_a_process_of_tests_that_cannot_begin_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(tests, "ROOT", tmp_path)  # no tests there
+    shard = tests._Shard(tmp_path, "0/1")
+    shard.process.wait(timeout=60)
+    assert shard.look(), "no other process is started"
+    assert shard.result()["errors"] == 1 and "process 0/1: its process ended with status 4" in shard.lost[0]
+
+
+def test_a_context_that_is_lost_ends_the_process_behind_its_test(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setenv("IDCORE_TEST_PROGRESS", str(tmp_path / "p"))
+    monkeypatch.setattr(progress, "_context_works", lambda: False)
+    monkeypatch.setattr(os, "_exit", left.append)
+    one = SimpleNamespace(nodeid="a", when="call", passed=False, failed=True, outcome="failed", longreprtext="no")
+    progress.pytest_runtest_logreport(one)
+    assert left == [progress.LOST] and progress.lines(tmp_path / "p")[-1]["outcome"] == "failed"
+    passed = SimpleNamespace(nodeid="b", when="call", passed=True, failed=False, outcome="passed", longreprtext="")
+    progress.pytest_runtest_logreport(passed)
+    assert len(left) == 1
+    (tmp_path / "p").open("a").write('{"began": "cut o')
+    assert len(progress.lines(tmp_path / "p")) == 2
 
 
 def test_shares_cover_a_list_once():
@@ -140,29 +201,113 @@ def test_rivals_compute_the_same_shape(monkeypatch):
     assert timings.usable(SMALL)["cuda"] == "error RuntimeError: no kernel image", "a fault of one is no one else's"
 
 
-@pytest.mark.parametrize("script, error", [("raise SystemExit(3)", "ended with status 3"),
-                                           ("import time; time.sleep(60)", "stopped after 1 s")])  # fmt: skip
-def test_a_part_that_dies_or_hangs_becomes_a_result(tmp_path, monkeypatch, script, error):
-    monkeypatch.setattr(main, "_command", lambda name, out, seconds: [sys.executable, "-c", script])
+def as_part(monkeypatch, script):
+    """Parts become processes of this script; the folder of their results is its argument."""
+    monkeypatch.setattr(main, "_command", lambda name, out, seconds: [sys.executable, "-c", script, str(out), name])
     monkeypatch.setattr(main, "TICK", 0.2)
-    result = main.part("races", tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "script, seconds, error",
+    [("raise SystemExit(3)", 600, "ended with status 3"), ("import time; time.sleep(600)", 1, "stopped for time")],
+)
+def test_a_part_that_dies_or_hangs_becomes_a_result(tmp_path, monkeypatch, script, seconds, error):
+    as_part(monkeypatch, script)
+    result = main.part("races", tmp_path, seconds)
     assert not result["ok"] and error in result["error"]
 
 
+BEGINS = """
+import json, os, sys, time; from pathlib import Path
+def save(found): Path(sys.argv[1], "new").write_text(json.dumps(found)), Path(sys.argv[1], "new").replace(at)
+at, past = Path(sys.argv[1], sys.argv[2] + ".json"), Path(sys.argv[1], "past.json")
+past = json.loads(past.read_text())["past"] if past.exists() else []
+found = {"rows": [], "problems": [], "begun": [], "different": {"a": {}}}
+print("began", flush=True)
+for name in ("one", "two", "three", "four"):
+    if name in past: continue
+    found["begun"].append(name)
+    save({**found, "under_way": [name, time.monotonic() + (0 if name == "two" else 600)]})
+"""
+
+
 def test_what_a_part_found_before_it_was_stopped_is_kept(tmp_path, monkeypatch):
-    script = (
-        "import sys, time; from pathlib import Path; print('began', flush=True);"
-        'Path(sys.argv[1], \'timings.json\').write_text(\'{"rows": [], "problems": ["one"]}\'); time.sleep(60)'
-    )
-    monkeypatch.setattr(main, "_command", lambda name, out, seconds: [sys.executable, "-c", script, str(out)])
-    monkeypatch.setattr(main, "TICK", 0.2)
-    seen = []
-    right = main.gather
+    as_part(monkeypatch, BEGINS + "    found['rows'].append(1)\n    if name == 'two': time.sleep(600)\n")
+    monkeypatch.setattr(main, "AGAIN", 1e9)  # too late for another process
+    seen, right = [], main.gather
     monkeypatch.setattr(main, "gather", lambda out, found, *more: seen.append(right(out, found, *more)))
-    result = main.part("timings", tmp_path, 3)
-    assert result["problems"] == ["one"] and not result["ok"] and "stopped after 3 s\nbegan" in result["error"]
+    monkeypatch.setattr(main, "report", SimpleNamespace(markdown=lambda whole: ""))
+    monkeypatch.setattr(main, "machine", dict)
+    result = main.part("timings", tmp_path, 600)
+    assert result["rows"] == [1] and not result["ok"] and "stopped for time in two\nbegan" in result["error"]
     under_way = seen[-1]["parts"]["timings"]
-    assert under_way["problems"] == ["one"] and under_way["error"] == "under way", "also while it runs"
+    assert under_way["rows"] == [1] and under_way["error"] == "under way", "also while it runs"
+
+
+def test_a_part_goes_on_behind_the_step_that_hung_or_killed_it(tmp_path, monkeypatch):
+    step = """
+    if name == "two": time.sleep(600)
+    if name == "three": os._exit(70)
+    found["rows"].append(name)
+    found["different"]["a"][name] = 1
+save({**found, "ok": True})
+"""
+    as_part(monkeypatch, BEGINS + step)
+    monkeypatch.setattr(main, "machine", dict)
+    monkeypatch.setattr(main, "report", SimpleNamespace(markdown=lambda whole: ""))
+    result = main.part("timings", tmp_path, 600)
+    assert not result["ok"] and "error" not in result
+    assert result["rows"] == ["one", "four"] and result["different"] == {"a": {"one": 1, "four": 1}}
+    assert {name: why.splitlines()[0] for name, why in result["lost"].items()} == {
+        "two": "hung", "three": "ended with status 70",
+    }  # fmt: skip
+    assert "under_way" not in result
+    told = {**result, "rows": []}
+    assert "lost: two; lost: three" in report.markdown(
+        {"machine": dict.fromkeys(("gpu", "driver", "torch", "triton", "commit")), "command": "x",
+         "parts": {"timings": told}}
+    )  # fmt: skip
+
+
+def test_steps_are_named_before_they_begin_and_not_done_twice(monkeypatch):
+    saved, found, left = [], {}, []
+    done = steps.Steps(lambda x: saved.append(json.loads(json.dumps(x))), found, ["old"])
+    assert not done.begin("old") and done.begin("new", 5)
+    name, until = saved[-1]["under_way"]
+    assert name == "new" and 0 < until - time.monotonic() <= 5 and saved[-1]["begun"] == ["new"]
+    assert done.guarded(lambda: 3, left.append) == 3
+    assert done.guarded(lambda: 1 / 0, lambda what: what) == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(steps, "context_works", lambda: False)
+    monkeypatch.setattr(os, "_exit", left.append)
+    done.guarded(lambda: 1 / 0, lambda what: found.update(bad=what))
+    assert left == [steps.LOST] and saved[-1]["bad"].startswith("Zero"), "first it is told"
+    done.end()
+    assert "under_way" not in found
+
+
+def test_a_rival_that_cannot_be_captured_leaves_the_others_their_times(monkeypatch, capsys):
+    def captured(calls):
+        calls[0]()
+        return graphs.Plain(calls)
+
+    monkeypatch.setenv(place.DRY, "1")
+    monkeypatch.setattr(graphs, "captured", captured)
+    found = graphs.microseconds({"ours": [lambda: None], "bad": [lambda: 1 / 0]}, rounds=2)
+    assert set(found) == {"ours"} and "not captured: bad: ZeroDivisionError" in capsys.readouterr().err
+    assert timings._ratios({"cuda": timing(8.0), "eager": timing(40.0)}, "cuda", 4.0)["over_text_only_flash"] is None
+    monkeypatch.setattr(graphs, "context_works", lambda: False)
+    with pytest.raises(ZeroDivisionError):
+        graphs.microseconds({"bad": [lambda: 1 / 0]}, rounds=2)
+
+
+def test_the_toolkit_is_found_off_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    for tool in ("cuda/bin/nvcc", "cuda/compute-sanitizer/compute-sanitizer"):
+        (tmp_path / tool).parent.mkdir(parents=True)
+        (tmp_path / tool).touch(mode=0o755)
+    assert build.toolkit("nvcc") == str(tmp_path / "cuda/bin/nvcc")
+    assert build.toolkit("compute-sanitizer") == str(tmp_path / "cuda/compute-sanitizer/compute-sanitizer")
 
 
 def timing(us):

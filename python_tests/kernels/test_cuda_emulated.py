@@ -190,6 +190,17 @@ def test_ortho_of_sdxl_is_one_launch_and_stays_on_the_chip(library):
     assert p["together"] and p["scratch"] > 2 * 2 * 10 * 4096 * 64, p  # guidance halves: a part leaves the chip
 
 
+@pytest.mark.parametrize("shape", [dict(h=10, lq=4096), dict(h=20, lq=1024)])
+@pytest.mark.parametrize("b", [1, 2, 4, 8])
+def test_no_multiprocessor_of_an_h100_gets_much_more_than_its_share(library, shape, b):
+    """Blocks are as large as they can be (they share the reads of K and V) while SDXL's layers still come out even."""
+    p = planned(library, BASE.with_(b=b, lt=77, **shape), GPUS["sm_90"])
+    busiest = -(-p["grid"] // 132) * p["warps"] * 16
+    assert p["grid"] == -(-shape["lq"] // (16 * p["warps"])) * shape["h"] * b
+    assert busiest <= 1.1 * shape["lq"] * shape["h"] * b / 132, p
+    assert p["warps"] >= 5, p
+
+
 def test_two_launches_where_one_cannot_be(library):
     c = V2.with_(h=10, lq=1024, lt=2)
     assert planned(library, c, GPUS["sm_90"])["together"]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from id_attention_naive import naive
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from idcore.backends import reference_bwd
 from idcore.backends.call import Call
 from idcore.backends.checks import normalize
 from idcore.ops import dispatch, id_attention
+from idcore.ops.id_attention import _flat, numbers
 
 MERGES = ("add", "ortho", "ortho_v2")
 BACKENDS = ("reference", "sdpa", "cpu")
@@ -253,3 +255,29 @@ def test_the_registered_op_trains_where_only_pytorch_can_run_the_call():
     weight = torch.linspace(-1, 1, 272)
     for x, y in zip(*(torch.autograd.grad((t * weight).sum(), leaves) for t in (got, want))):
         assert (x - y).abs().max() < 2e-5 * max(1.0, float(y.abs().max()))
+
+
+class Names(TorchDispatchMode):
+    """Of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale", [(), (0.5,), (0.5, -0.7)])
+def test_numbers_reach_the_device_without_a_copy_from_the_cpu(scale):
+    """Such a copy waits for all work of a GPU, and a CUDA graph cannot hold one."""
+    q, k, v, kid, vid = case(n=len(scale))
+    a = normalize(q, k, v, kid, vid, id_scale=scale, id_mask=None, merge="add", num_zero=0, num_global=5,
+                  text_bias=None)  # fmt: skip
+    with Names() as ran:
+        made = _flat(a)[5]
+    assert not {"lift_fresh", "_to_copy", "copy_"} & set(ran.names), ran.names
+    assert made.dtype == torch.float32 and made.shape == (len(scale), q.shape[0])
+    assert torch.equal(made, torch.tensor(scale).reshape(-1, 1).expand(-1, q.shape[0]))
+    assert torch.equal(numbers(scale, q.device), torch.tensor(scale))

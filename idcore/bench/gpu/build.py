@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ def architecture(capability: tuple[int, int]) -> str:
     major, minor = capability
     number = major * 10 + minor
     return f"{number}{'a' if number == 90 else ''}-real"
+
+
+def toolkit(tool: str) -> str | None:
+    """Path of one of the CUDA toolkit's programs: on the PATH, beside nvcc, in $CUDA_HOME or /usr/local/cuda."""
+    found, nvcc = shutil.which(tool), shutil.which("nvcc")
+    homes = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    homes += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for home in (*homes, Path("/usr/local/cuda")):
+        for folder in ("bin", tool):
+            found = found or shutil.which(tool, path=str(home / folder))
+    return found
 
 
 def _found() -> dict[str, Any]:
@@ -57,6 +69,9 @@ def run(_: Save = nothing_saved, seconds: float = 90) -> dict[str, Any]:
         **os.environ, "IDCORE_CUDA": "ON", "IDCORE_CUDA_ARCHS": wanted, "MAX_JOBS": str(os.cpu_count() or 4),
         "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }  # fmt: skip
+    nvcc = toolkit("nvcc")
+    if nvcc and not environment.get("CUDACXX"):
+        environment["CUDACXX"] = nvcc
     said = []
     for command in WAYS:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 DRY = "IDCORE_BENCH_DRY"  # set by --dry, so that processes of the parts know
+DRY_TIMES = 10  # as much time for --dry: its machine may be a small one that others use too
 
 Save = Callable[[dict[str, Any]], None]  # what a part has found so far
 

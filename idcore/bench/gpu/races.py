@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...testing.cases import Case
 from ...testing.parity import cotangent, poisoned, recorded
 from . import calls, shapes
 from .place import Save, few, nothing_saved, place
+from .steps import Steps
 
 REPEATS, BACKWARD_REPEATS = 250, 50
 
@@ -66,31 +68,28 @@ def backward_differences(case: Case, backend: str, repeats: int = BACKWARD_REPEA
     return int(wrong)
 
 
-def _guarded(found: Callable[[], int]) -> int | str:
-    """How many differ, or what went wrong: the other calls still count."""
-    try:
-        return found()
-    except Exception as e:
-        return f"{type(e).__name__}: {str(e)[:500]}"
-
-
-def run(save: Save = nothing_saved, seconds: float = 85, cases: Sequence[Case] = shapes.RACES) -> dict[str, Any]:
-    """Differences by backend and call; empty where all repeats agree. Calls that there was no time for are not_run."""
+def run(
+    save: Save = nothing_saved, seconds: float = 85, cases: Sequence[Case] = shapes.RACES, past: Collection[str] = ()
+) -> dict[str, Any]:
+    """Differences by backend and call, or what went wrong; empty where all repeats agree. Calls that there was no time
+    for are not_run."""
     end, at = time.monotonic() + seconds, place()
     different: dict[str, dict[str, int | str]] = {}
     report: dict[str, Any] = {"calls": len(cases), "repeats": REPEATS, "different": different, "not_run": 0}
-    report["warming_failed"] = calls.warm(("races", False), ("races_trained", True), seconds=0.55 * seconds)
+    steps = Steps(save, report, past)
+    if steps.begin("warming", seconds):
+        report["warming_failed"] = calls.warm(("races", False), ("races_trained", True), seconds=0.55 * seconds)
 
     def every(name: str, some: Sequence[Case], count: Callable[[Case], int]) -> None:
         different[name] = {}
         for case in some:
             if time.monotonic() > end:
-                report["not_run"] += 1
-                continue
-            found = _guarded(lambda c=case: count(c))
-            if found:
-                different[name][case.name] = found
-            save(report)
+                report["not_run"] += f"{name} {case.name}" not in steps.past
+            elif steps.begin(f"{name} {case.name}"):
+                tell = functools.partial(different[name].__setitem__, case.name)
+                found = steps.guarded(functools.partial(count, case), tell)
+                if found:
+                    tell(found)
 
     repeats = (REPEATS, BACKWARD_REPEATS) if not at.dry else (5, 3)
     for backend in at.backends:
@@ -98,5 +97,6 @@ def run(save: Save = nothing_saved, seconds: float = 85, cases: Sequence[Case] =
             every(backend, few(cases), lambda c, b=backend: forward_differences(c, b, repeats[0], at.device))
     trained = few(shapes.TRAINED)
     every(f"{at.trains} backward", trained, lambda c: backward_differences(c, at.trains, repeats[1], at.device))
+    steps.end()
     report["ok"] = not any(different.values()) and not report["not_run"]
     return report

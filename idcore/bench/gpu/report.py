@@ -26,6 +26,7 @@ def _checks(parts: dict[str, Any]) -> list[str]:
         if name == "timings" and not said:
             late = [f"no time for {', '.join(result['not_run'])}"] if result.get("not_run") else []
             said = ["; ".join([*result["problems"], *late]) or f"{len(result['rows'])} calls timed"]
+        said = ["; ".join([*said, *(f"lost: {step}" for step in result.get("lost", {}))])]
         rows.append([name, "right" if result["ok"] else "**wrong**", result.get("seconds"), *(said or [""])])
     return ["## Checks", "", *_table(["part", "verdict", "s", "what"], rows)]
 

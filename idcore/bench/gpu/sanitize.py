@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import IO, Any
 
 from . import calls
+from .build import toolkit
 from .place import Save, nothing_saved, place
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERRORS = 86  # our exit status for findings, so that a crash of the program itself is told apart
-
-
-def find() -> str | None:
-    """compute-sanitizer of the PATH, or of the CUDA toolkit that nvcc belongs to."""
-    found = shutil.which("compute-sanitizer")
-    nvcc = shutil.which("nvcc")
-    if found or nvcc is None:
-        return found
-    beside = Path(nvcc).resolve().parent / "compute-sanitizer"
-    return str(beside) if beside.exists() else None
 
 
 def findings(text: str) -> int | None:
@@ -47,7 +36,7 @@ def judged(text: str, status: int | None) -> dict[str, Any]:
 def run(save: Save = nothing_saved, seconds: float = 105) -> dict[str, Any]:
     """Every tool on every backend, side by side. Dry, the calls run without a tool."""
     at, end = place(), time.monotonic() + seconds
-    tool = find()
+    tool = toolkit("compute-sanitizer")
     if tool is None and not at.dry:
         return {"ok": False, "error": "compute-sanitizer is neither on the PATH nor beside nvcc"}
     report: dict[str, Any] = {"calls": len(calls.LISTS["sanitized"]), "verdicts": {}}

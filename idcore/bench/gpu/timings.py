@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ...testing.timing import copy_bandwidth
 from .. import ops
 from . import calls, graphs, shapes
 from .place import Save, few, nothing_saved, place
+from .steps import PATIENCE, Steps
 
 Call = Callable[[], object]
 
@@ -82,6 +84,9 @@ def row(case: Case, gb_per_s: float, compiled: Callable[..., object] | None) -> 
     for name in rivals(sets[0], compiled):
         groups[name] = [rivals(given, compiled)[name] for given in sets]
     report["cold"] = graphs.microseconds(groups)
+    report["not_captured"] = sorted(groups.keys() - report["cold"].keys())
+    running = [backend for backend in running if backend in report["cold"]]
+    groups = {name: made for name, made in groups.items() if name in report["cold"]}
     report["warm"] = graphs.microseconds({name: made[:1] * 20 for name, made in groups.items()})
     report["launched_us"] = graphs.launched_microseconds({name: made[0] for name, made in groups.items()})
     report["ratio"] = {b: _ratios(report["cold"], b, report["floor_us"]) for b in running}
@@ -97,10 +102,10 @@ def _counted(call: Call) -> int | str | None:
         return f"{type(e).__name__}: {str(e)[:200]}"
 
 
-def _ratios(cold: dict[str, dict[str, float]], backend: str, floor_us: float) -> dict[str, float]:
-    ours = cold[backend]["us"]
+def _ratios(cold: dict[str, dict[str, float]], backend: str, floor_us: float) -> dict[str, float | None]:
+    ours, text = cold[backend]["us"], cold.get("text_only_flash")
     found = {name: round(cold[name]["us"] / ours, 2) for name in ("eager", "compiled") if name in cold}
-    over = round(ours / cold["text_only_flash"]["us"], 3)
+    over = round(ours / text["us"], 3) if text else None
     return {**found, "over_text_only_flash": over, "share_of_copy_bandwidth": round(floor_us / ours, 3)}
 
 
@@ -119,11 +124,11 @@ def unet(merge: str, batch: int, dtype: str = "bf16") -> dict[str, Any]:
     groups["text_only_flash"] = [_flash(given) for given, _ in layers]
     groups["eager"] = [lambda g=given: eager_id_attention(**g) for given, _ in layers]
     ms = {name: found["us"] * len(layers) / 1e3 for name, found in graphs.microseconds(groups).items()}
-    text = ms.pop("text_only_flash")
+    text = ms.pop("text_only_flash", None)
     return {
-        "merge": merge, "batch": batch, "dtype": dtype, "text_only_ms": round(text, 3),
+        "merge": merge, "batch": batch, "dtype": dtype, "text_only_ms": text and round(text, 3),
         "whole_ms": {name: round(x, 3) for name, x in ms.items()},
-        "identity_ms": {name: round(x - text, 3) for name, x in ms.items()},
+        "identity_ms": {name: round(x - text, 3) for name, x in ms.items()} if text else {},
     }  # fmt: skip
 
 
@@ -147,56 +152,57 @@ def _decode() -> list[dict[str, Any]]:
     return vae.run(options)["rows"]
 
 
-def _guarded(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
-    """What went wrong with one row is reported, and the next one still runs."""
-    try:
-        return make()
-    except Exception as e:
-        problems.append(f"{what}: {type(e).__name__}: {str(e)[:500]}")
-        print(problems[-1], file=sys.stderr, flush=True)
-        return None
-
-
 class Report:
-    """What was timed, what went wrong and what there was no time for; saved after every piece."""
+    """What was timed, what went wrong and what there was no time for; saved before every piece."""
 
-    def __init__(self, save: Save, seconds: float):
-        self.save, self.end = save, time.monotonic() + seconds
+    def __init__(self, save: Save, seconds: float, past: Collection[str] = ()):
+        self.end = time.monotonic() + seconds
         self.problems: list[str] = []
         self.found: dict[str, Any] = {"problems": self.problems, "not_run": [], "unet": [], "rows": [], "ops": [],
                                       "decode": []}  # fmt: skip
+        self.steps = Steps(save, self.found, past)
 
-    def add(self, where: str, what: str, make: Callable[[], Any]) -> None:
+    def add(self, where: str, what: str, make: Callable[[], Any], patience: float = PATIENCE) -> None:
         """A row, or a list of rows, to list `where`, if there is time left."""
         if time.monotonic() > self.end:
-            self.found["not_run"].append(what)
-        else:
-            made = _guarded(what, make, self.problems)
+            self.found["not_run"] += [what] if what not in self.steps.past else []
+        elif self.steps.begin(what, patience):
+            made = self.steps.guarded(make, lambda said: self._problem(f"{what}: {said}"))
             self.found[where] += made if isinstance(made, list) else [made] if made else []
-        self.save(self.found)
+
+    def _problem(self, what: str) -> None:
+        self.problems.append(what)
+        print(what, file=sys.stderr, flush=True)
+
+
+def _prepare(report: Report, seconds: float) -> float:
+    """Fills Triton's cache; bytes a second of a copy, in GB."""
+    if report.steps.begin("warming", seconds):
+        report.found["warming_failed"] = calls.warm(("timed", False), ("ops", True), seconds=0.35 * seconds)
+    bandwidth = copy_bandwidth(megabytes=8 if place().dry else 1024, device=place().device)
+    report.found["copy_gb_per_s"] = round(bandwidth, 1)
+    return bandwidth
 
 
 @torch.no_grad()
-def run(save: Save = nothing_saved, seconds: float = 139, cases: Sequence[Case] = shapes.TIMED) -> dict[str, Any]:
+def run(
+    save: Save = nothing_saved, seconds: float = 139, cases: Sequence[Case] = shapes.TIMED, past: Collection[str] = ()
+) -> dict[str, Any]:
     """The whole UNet's layers, all rows, the other ops and the decode, as far as time goes."""
-    report = Report(save, seconds)
-    report.found["warming_failed"] = calls.warm(("timed", False), ("ops", True), seconds=0.35 * seconds)
-    bandwidth = copy_bandwidth(megabytes=8 if place().dry else 1024, device=place().device)
-    report.found["copy_gb_per_s"] = round(bandwidth, 1)
+    report = Report(save, seconds, past)
+    bandwidth = _prepare(report, seconds)
     compiled = torch.compile(eager_id_attention, dynamic=False)
-
-    def timed(case: Case) -> dict[str, Any]:
-        # Compiling takes half a minute a shape: only where the published comparison is asked for.
-        asked = (case.merge, case.dtype, case.batch) == ("ortho_v2", "bf16", 2) and not place().dry
-        return row(case, bandwidth, compiled if asked else None)
-
     for merge, batch in (("ortho_v2", 2), ("add", 1), ("ortho_v2", 1), ("add", 2)):
         report.add("unet", f"unet {merge} B={batch}", lambda m=merge, b=batch: unet(m, b))
     for c in few(cases):
-        report.add("rows", f"{c.name} {c.merge} {c.dtype} B={c.batch}", lambda c=c: timed(c))
+        # Compiling takes half a minute a shape: only where the published comparison is asked for.
+        asked = (c.merge, c.dtype, c.batch) == ("ortho_v2", "bf16", 2) and not place().dry
+        made = functools.partial(row, c, bandwidth, compiled if asked else None)
+        report.add("rows", f"{c.name} {c.merge} {c.dtype} B={c.batch}", made, PATIENCE * (3 if asked else 1))
     for name in tuple(ops.OPS)[: 1 if place().dry else None]:
-        report.add("ops", f"op {name}", lambda n=name: _other_ops(n))
-    report.add("decode", "decode of latents", (lambda: []) if place().dry else _decode)
+        report.add("ops", f"op {name}", lambda n=name: _other_ops(n), 2 * PATIENCE)
+    report.add("decode", "decode of latents", (lambda: []) if place().dry else _decode, 2 * PATIENCE)
+    report.steps.end()
     found = report.found
     right = all(r["parity"] for name in ("rows", "ops", "decode") for r in found[name])
     return {"ok": right and not report.problems and not found["not_run"], **found}
