@@ -133,7 +133,7 @@ def _maker(r: EvaluateRequest, people: list[Person]) -> Maker:
 
     names = ("base", "system", "weights", "vision", "parsing", "retinaface", "steps", "id_scale", "guidance", "width")
     names += ("height", "negative", "placeholder", "styles", "style_scale", "faces", "choose")
-    look = GenerateRequest(prompt="", out=r.out, **{n: getattr(r, n) for n in names})
+    look = GenerateRequest(prompt="", out=r.out, command="evaluate", **{n: getattr(r, n) for n in names})
     saved = [None if p.identity is None else saved_person(p.identity) for p in people]
     system = system_of(look, saved) if people else None
     conditions = recogniser_key(analyzer_from(_faces_of(r))) if any(s is None for s in saved) else ""

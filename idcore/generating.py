@@ -73,6 +73,7 @@ class GenerateRequest:
     offload: str | None = None
     unet_weights: Path | None = None
     config: Path | None = None
+    command: str = "generate"  # whose it is, for errors
 
     def people(self) -> list[Path]:
         """Photos and identities of those who are to be drawn."""
@@ -90,7 +91,7 @@ class GenerateRequest:
             return [float(self.id_scale)] * len(places)
         count = max(1, len(self.people()))
         if len(self.id_scale) != count:
-            raise InputError(f"generate: {count} people need one --id-scale or {count}, got {len(self.id_scale)}")
+            raise InputError(f"{self.command}: {count} people need one --id-scale or {count}, got {len(self.id_scale)}")
         return [float(self.id_scale[i]) for i in places]
 
     def guides(self) -> float:
@@ -150,12 +151,7 @@ def _check(r: GenerateRequest) -> None:
     """What can be told before anything is loaded."""
     from .generating_likeness import photos_of
 
-    if not r.prompt.strip():
-        raise InputError("generate: the prompt is empty; write what to draw in words")
-    if r.person_region is not None and r.background is None:
-        raise InputError("generate: --person-region says where --background is not read; give both")
-    if not 0 <= r.person_margin <= 0.25:
-        raise InputError(f"generate: --person-margin is 0 to 0.25 of the longer side, got {r.person_margin}")
+    check_texts(r)
     photos = photos_of(r)
     if r.compare and not r.styles:
         raise InputError("generate: --compare draws the same pictures without --style, and there is none")
@@ -164,6 +160,16 @@ def _check(r: GenerateRequest) -> None:
             "generate: --compare measures how alike the pictures are to the people's photos: give --like PHOTO, one "
             "per --id, or photos as --id"
         )
+
+
+def check_texts(r: GenerateRequest) -> None:
+    """Raise InputError for a prompt that says nothing, or regions of a background that do not fit."""
+    if not r.prompt.strip():
+        raise InputError(f"{r.command}: the prompt is empty; write what to draw, and the style, in words")
+    if r.person_region is not None and r.background is None:
+        raise InputError(f"{r.command}: --person-region says where --background is not read; give both")
+    if not 0 <= r.person_margin <= 0.25:
+        raise InputError(f"{r.command}: --person-margin is 0 to 0.25 of the longer side, got {r.person_margin}")
 
 
 def _saved(pictures: Sequence[Image.Image], seeds: Sequence[int], folder: Path, about: dict[str, str]) -> list[Path]:
@@ -253,7 +259,7 @@ def _check_tiny(r: GenerateRequest) -> None:
 
 
 def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[Image.Image], dict[str, Any]]:
-    from .generating_likeness import judge_of, likeness, photos_of, summary_line
+    from .generating_likeness import check_photos, judge_of, likeness, photos_of, summary_line
     from .generating_people import is_saved
     from .identity import Identity
     from .sampling.tiny_pipeline import TinyPipeline
@@ -265,6 +271,7 @@ def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[
             f"{r.system!r}; give --base FOLDER for SDXL"
         )
     _check_tiny(r)
+    check_photos(r)
     pipe = TinyPipeline.from_package() if r.base == "tiny" else TinyPipeline.from_folder(r.base)
     if unread := unknown_words(r.prompt):
         say(

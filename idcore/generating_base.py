@@ -36,13 +36,16 @@ def pictures_of_base(
     Returns:
         The pictures; and where `r.compare` is set the same without the styles, else none.
     """
+    from .generating_likeness import check_photos
+
     if r.system == "tiny":
         raise InputError(
-            'generate: system "tiny" works on the embedded model alone; drop --base, or name another system'
+            f'{r.command}: system "tiny" works on the embedded model alone; drop --base, or name another system'
         )
     check_system(r.system)
     opens = opener(r)
     parties = parties_of(r)
+    check_photos(r)
     artist = Artist(r, next((p.system for p in parties if not p.by_prompt), None), opens)
     masks = masks_of(r, sum(len(p.people) for p in parties))
     rounds: list[list[Image.Image]] = [[], []]
@@ -74,6 +77,7 @@ class Artist:
     ) -> None:
         from .generating_styles import styles_on
 
+        _check_size(r)
         self.request = r
         self.pipe = (opens or opener(r))(r, system)
         self.is_sdxl = hasattr(self.pipe, "pipe")
@@ -108,10 +112,13 @@ class Artist:
                 from .systems.region_text import attach_texts
 
                 on.enter_context(attach_texts(self.pipe, [t for t, _ in texts.others], [m for _, m in texts.others]))
+            passes = list(texts.passes)
             if r.background is not None:
+                passes.append((r.background, 1 - person_region(r, masks)))
+            if passes:
                 from .systems.region_passes import attach_passes
 
-                on.enter_context(attach_passes(self.pipe, [r.background], [1 - person_region(r, masks)]))
+                on.enter_context(attach_passes(self.pipe, [t for t, _ in passes], [m for _, m in passes]))
             yield lambda seed: self._draw(texts.prompt, seed, calls)
 
     def _name(
@@ -126,7 +133,7 @@ class Artist:
         # One number for people of several systems is that of the attention: words act, or do not.
         scale = scales[0] if alone or not isinstance(r.id_scale, (int, float)) else float(scales[0] != 0)
         if len(scales) > 1:
-            raise InputError(f"generate: people of {party.system.name} have one strength, 1 or 0, got {scales}")
+            raise InputError(f"{r.command}: people of {party.system.name} have one strength, 1 or 0, got {scales}")
         when = {"id_guidance_start": r.id_start, "id_guidance_end": r.id_end} if alone else {}
         mine = [names[i] for i in party.places]
         on.enter_context(attach(self.pipe, party.system, party.people, id_scale=scale, placeholder=mine, **when))
@@ -165,6 +172,14 @@ class Artist:
         return {n: getattr(self.request, n) or default for n, default in self.size.items()}
 
 
+def _check_size(r: GenerateRequest) -> None:
+    for name in SDXL_SIZE:
+        value = getattr(r, name)
+        if value is not None and (value < 8 or value % 8):
+            near = max(8, round(value / 8) * 8)
+            raise InputError(f"{r.command}: --{name} is a multiple of 8 pixels, got {value}; give {near}")
+
+
 def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
     """What opens the request's base; nothing large is read yet.
 
@@ -182,7 +197,7 @@ def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
     if not (path / "model_index.json").is_file():
         more = "; for one file with all weights give --config FOLDER too" if path.is_file() else ""
         raise WeightsError(
-            f'generate: base must be "tiny", "tiny-sd" or a folder with an SDXL or SD 1.5 pipeline in diffusers\' '
+            f'{r.command}: base must be "tiny", "tiny-sd" or a folder with an SDXL or SD 1.5 pipeline in diffusers\' '
             f"layout; {path} has no model_index.json{more}"
         )
     if '"StableDiffusionPipeline"' not in (path / "model_index.json").read_text():
@@ -194,7 +209,9 @@ def opener(r: GenerateRequest) -> Callable[[GenerateRequest, Any], Any]:
 def _refuse_sdxl_alone(r: GenerateRequest, base: Any) -> None:
     given = [name for name, default in SDXL_ALONE.items() if getattr(r, name) != default]
     if given:
-        raise InputError(f"generate: {', '.join(given)} work with SDXL bases, {base} is SD 1.x or 2.x; leave them out")
+        raise InputError(
+            f"{r.command}: {', '.join(given)} work with SDXL bases, {base} is SD 1.x or 2.x; leave them out"
+        )
 
 
 def _sdxl(r: GenerateRequest, system: Any) -> Any:
@@ -226,7 +243,7 @@ def _sd15(r: GenerateRequest, system: Any) -> Any:
             Path(r.base), local_files_only=True, **dtype_option(torch.float16 if cuda else torch.float32)
         )
     except (OSError, ValueError, KeyError) as e:
-        raise WeightsError(f"generate: {r.base} does not load as a StableDiffusionPipeline: {e}") from e
+        raise WeightsError(f"{r.command}: {r.base} does not load as a StableDiffusionPipeline: {e}") from e
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
     pipe.to("cuda" if cuda else "cpu")
     if r.steps <= 8:

@@ -30,8 +30,18 @@ def photos_of(r: GenerateRequest) -> list[Path | None]:
 
     people = r.people()
     if r.like and len(r.like) != len(people):
-        raise InputError(f"generate: --like gives a photo per --id: {len(people)} people, {len(r.like)} photos")
+        raise InputError(f"{r.command}: --like gives a photo per --id: {len(people)} people, {len(r.like)} photos")
     return list(r.like) or [None if is_saved(p) else p for p in people]
+
+
+def check_photos(r: GenerateRequest) -> None:
+    """Raise before anything is drawn where a person's photo cannot be read or shows no face that can be compared."""
+    from .encoders.analyzer import embed_photo
+
+    photos = [p for p in photos_of(r) if p is not None]
+    judge = judge_of(r) if photos else None
+    for photo in dict.fromkeys(photos):
+        embed_photo(photo, judge, policy=face_choice(r.choose))
 
 
 def judge_of(r: GenerateRequest) -> FaceAnalyzer:

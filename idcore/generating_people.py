@@ -49,7 +49,7 @@ def parties_of(r: GenerateRequest) -> list[Party]:
     files = r.people() or [p for p in [person_file(r)] if p is not None]
     if not files:
         if r.masks or r.layout is not None:
-            raise InputError("generate: --mask and --layout say where people act, and --id gives none")
+            raise InputError(f"{r.command}: --mask and --layout say where people act, and --id gives none")
         return []
     found = [saved_person(p) for p in files]
     system = system_of(r, found)
@@ -75,7 +75,7 @@ def grouped(people: Sequence[Identity], system: Any = None) -> list[Party]:
     inside = [k.removeprefix("attention ") for k in by if k.startswith("attention ")]
     if len(inside) > 1:
         raise InputError(
-            f"generate: people of {' and '.join(inside)} both act in the attention, with weights of their own; encode "
+            f"people of {' and '.join(inside)} both act in the attention, with weights of their own; encode "
             "all photos with one of them (people of DreamIdentity and SeFi-IDE may be beside it), or use idcore.attach "
             "twice"
         )
@@ -107,7 +107,7 @@ def placeholders_of(parties: Sequence[Party], given: str | Sequence[str] | None)
         names = [given] if isinstance(given, str) else list(given)
     if len(names) != len(named) or len(set(names)) != len(names):
         raise InputError(
-            f"generate: {len(named)} people act through the prompt and need as many different words there, got "
+            f"{len(named)} people act through the prompt and need as many different words there, got "
             f"{', '.join(names) or 'none'}; name them in the order of --id: --placeholder A* --placeholder B*"
         )
     return {i: name for (i, _, _), name in zip(named, names)}
@@ -137,13 +137,16 @@ def _check_base_of(r: GenerateRequest, photo: bool, in_attention: Sequence[Ident
 
     if any(p.system == "tiny" for p in in_attention):
         raise InputError(
-            "generate: an identity of the embedded model (`idcore encode` without --system) is drawn by --base tiny "
-            "alone; leave --base out, or encode the photo for this base: idcore encode PHOTO --system pulid-v1.1"
+            f"{r.command}: an identity of the embedded model (`idcore encode` without --system) is drawn by --base "
+            "tiny alone; leave --base out, or encode the photo for this base: idcore encode PHOTO --system pulid-v1.1"
         )
     if photo and is_tiny_sd(r.base) and r.system == "auto" and r.weights is None:
+        learned = "--id RUN/model"
+        if r.command == "evaluate":
+            learned = "copy RUN/model/person.safetensors beside the photo, under its name (me.jpg, me.safetensors)"
         raise InputError(
-            "generate: nothing that ships reads a photo for tiny-sd. Learn the person first: idcore train sefi-ide "
-            "--images PHOTO --class-word person --out RUN, then --id RUN/model; or train an encoder (dreamidentity, "
+            f"{r.command}: nothing that ships reads a photo for tiny-sd. Learn the person first: idcore train sefi-ide "
+            f"--images PHOTO --class-word person --out RUN, then {learned}; or train an encoder (dreamidentity, "
             "pulid --base tiny-sd) and give --system RUN/model"
         )
 
@@ -185,7 +188,7 @@ def person_file(r: GenerateRequest) -> Path | None:
         return None
     found = is_sefi_file(r.weights)
     if r.system == BY_STAGES and not found:
-        raise WeightsError(f"generate: {r.weights} holds no person of SeFi-IDE; train one, or name another --system")
+        raise WeightsError(f"{r.command}: {r.weights} holds no person of SeFi-IDE; train one, or name another --system")
     return r.weights if found else None
 
 
@@ -196,6 +199,6 @@ def require_placeholders(prompt: str, placeholders: Sequence[str]) -> None:
     for name in placeholders:
         if not mentions(prompt, [name]):
             raise InputError(
-                f'generate: this identity acts through the prompt, which does not say {name}; write e.g. "a photo of '
+                f'this identity acts through the prompt, which does not say {name}; write e.g. "a photo of '
                 f'{name}", or name another word with --placeholder'
             )

@@ -25,29 +25,39 @@ class Named(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """The main prompt, and the other texts with their masks."""
+    """The main prompt, and the other texts with their masks: in the attention, and in passes of their own."""
 
     prompt: str
     others: list[tuple[str, Tensor]]
+    passes: list[tuple[str, Tensor]]
 
 
 def masks_of(r: GenerateRequest, people: int) -> tuple[Any, ...]:
     """One mask [1, H, W] float or None per person.
 
     Raises:
-        InputError: a layout and masks, as many as people are missing, or a file that is no picture.
+        InputError: a layout and masks, another number than people, a mask that is black, or a file that is no picture.
     """
     from .attention.masks import read_masks
+    from .attention.regions import layout_boxes
 
     if r.layout is not None and r.masks:
-        raise InputError("generate: give --layout or --mask, not both")
+        raise InputError(f"{r.command}: give --layout or --mask, not both")
     if not people:
         return ()
+    given = len(r.masks) if r.layout is None else len(layout_boxes(r.layout))
+    if given and given != people:
+        said = "one --mask per person" if r.masks else "one area in --layout per person"
+        raise InputError(f"{r.command}: {people} people need {said}, in the order of --id; got {given}")
     if not r.masks:
         return tuple(None if m is None or bool((m == 1).all()) else m for m in read_masks(r.layout, people))
     from .encoders.images import load_image
 
-    return read_masks([load_image(m) for m in r.masks], people)
+    masks = read_masks([load_image(m) for m in r.masks], people)
+    for path, mask in zip(r.masks, masks, strict=True):
+        if not bool((mask > 0).any()):
+            raise InputError(f"{r.command}: --mask {path} is black, so that its person is nowhere; draw white where")
+    return masks
 
 
 def person_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
@@ -60,17 +70,19 @@ def person_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
 
 def _people_region(r: GenerateRequest, masks: Sequence[Tensor | None]) -> Tensor:
     from .attention.masks import read_masks
+    from .attention.regions import layout_boxes
     from .encoders.images import load_image
 
     if r.person_region is not None:
         path = r.person_region
-        spec = [load_image(path)] if _is_file(path) else path
-        (mask,) = read_masks(spec, 1)
+        if not _is_file(path) and len(layout_boxes(path)) != 1:
+            raise InputError(f"{r.command}: --person-region is one area, got {path!r}; a picture can hold several")
+        (mask,) = read_masks([load_image(path)] if _is_file(path) else path, 1)
         return mask
     known = [m for m in masks if m is not None]
     if not known or len(known) < len(masks):
         raise InputError(
-            "generate: --background is read outside of the people, and nothing says where they are; give "
+            f"{r.command}: --background is read outside of the people, and nothing says where they are; give "
             '--person-region "center" (a layout, or a picture that is white there), or --layout for all of them'
         )
     return _on_one_size(known).amax(0)
@@ -95,28 +107,22 @@ def texts_of(prompt: str, people: Sequence[Named]) -> Texts:
     """The prompts of a picture's parts.
 
     A person with a mask is named there alone; elsewhere the prompt reads the class word. People without a mask are
-    named everywhere; one by stages in the main prompt alone.
+    named everywhere. One by stages is named in the main prompt, as texts in the attention do not change with the
+    stage; of several, those with a mask in passes of their own.
 
     Args:
         prompt: names all of them.
         people: those that act through the prompt.
-
-    Raises:
-        InputError: two people by stages of whom one has a region: their words cannot be other texts.
     """
-    staged = [p for p in people if p.by_stages]
-    if len(staged) > 1 and any(p.mask is not None for p in staged):
-        raise InputError(
-            f"generate: {len(staged)} people of SeFi-IDE share the picture and cannot have regions, since only the "
-            'main prompt may change with the stage; leave their regions "all", or give one of them by another system'
-        )
-    apart = [p for p in people if p.mask is not None]
-    base = [p for p in people if p.mask is None or p.by_stages]
+    everywhere, apart = [p for p in people if p.mask is None], [p for p in people if p.mask is not None]
     others = [(_naming(prompt, people, [p, *_plain(people)]), p.mask) for p in apart if not p.by_stages]
+    staged = [p for p in apart if p.by_stages]
+    if sum(p.by_stages for p in people) > 1:
+        passes = [(_naming(prompt, people, [p, *everywhere]), p.mask) for p in staged]
+        return Texts(_naming(prompt, people, everywhere), others, passes)
     for p in staged:
-        if p.mask is not None:
-            others.append((_naming(prompt, people, _plain(people)), _rest([p.mask, *(m for _, m in others)])))
-    return Texts(_naming(prompt, people, base), others)
+        others.append((_naming(prompt, people, _plain(people)), _rest([p.mask, *(m for _, m in others)])))
+    return Texts(_naming(prompt, people, [*everywhere, *staged]), others, [])
 
 
 def _plain(people: Sequence[Named]) -> list[Named]:

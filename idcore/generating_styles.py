@@ -19,7 +19,7 @@ def style_file(path: Path) -> Path:
     """
     found = Path(path) / read_result(path).weights if is_result(path) else Path(path)
     if (found / "model_index.json").is_file():
-        raise InputError(f"generate: --style {path} is a whole pipeline, no LoRA; draw with --base {found}")
+        raise InputError(f"--style {path} is a whole pipeline, no LoRA; draw with --base {found}")
     return found
 
 
@@ -52,7 +52,7 @@ def styles_on(pipe: Any, styles: Sequence[Path], scale: float | Sequence[float] 
     """
     scales = [scale] * len(styles) if isinstance(scale, (int, float)) else list(scale)
     if len(scales) != len(styles):
-        raise InputError(f"generate: {len(styles)} styles need one --style-scale or {len(styles)}, got {len(scales)}")
+        raise InputError(f"{len(styles)} styles need one --style-scale or {len(styles)}, got {len(scales)}")
     with contextlib.ExitStack() as on:
         if styles:
             from .systems.lora import load_lora

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import IdcoreError, InputError
-from .generating import GenerateRequest, about, is_tiny, plain_values, progress
+from .errors import InputError
+from .generating import GenerateRequest, about, check_texts, is_tiny, plain_values, progress
 from .generating_base import Artist, opener
 from .workflows import check_system, save_picture, writable_folder, write_text
 
@@ -28,6 +28,7 @@ class StyliseRequest(GenerateRequest):
     photos: Sequence[Path] = ()
     strength: float = 0.6
     long_side: int | None = None
+    command: str = "stylise"
 
 
 def stylise_photos(r: StyliseRequest, say: Callable[[str], Any] = lambda text: None) -> dict[str, Any]:
@@ -44,11 +45,6 @@ def stylise_photos(r: StyliseRequest, say: Callable[[str], Any] = lambda text: N
         pictures are in coarse shades, -1 to 1, and "likeness" in the recogniser's measure where the photo shows a face;
         both one value per picture), "request".
     """
-    with _said_of_stylise():
-        return _stylised(r, say)
-
-
-def _stylised(r: StyliseRequest, say: Callable[[str], Any]) -> dict[str, Any]:
     from .generating_styles import unsaid_words
 
     _check(r)
@@ -81,10 +77,7 @@ def _check(r: StyliseRequest) -> None:
 
     if not r.photos:
         raise InputError("stylise: wanted at least one photo, got none")
-    if not r.prompt.strip():
-        raise InputError("stylise: the prompt is empty; write what the photo shows, and the style, in words")
-    if r.person_region is not None and r.background is None:
-        raise InputError("stylise: --person-region says where --background is not read; give both")
+    check_texts(r)
     if is_tiny(r.base):
         raise InputError(
             f"stylise: base {r.base} draws from the identity alone and cannot begin at a photo; give --base tiny-sd, "
@@ -152,14 +145,3 @@ def _kept(
             say(summary_line(path.name, values, judge.measure))
         told.append(one)
     return told
-
-
-@contextlib.contextmanager
-def _said_of_stylise() -> Iterator[None]:
-    """What both commands share speaks of `generate`; here it is this command's."""
-    try:
-        yield
-    except IdcoreError as e:
-        if not str(e).startswith("generate: "):
-            raise
-        raise type(e)("stylise: " + str(e).removeprefix("generate: ")) from e

@@ -1,6 +1,7 @@
 """`idcore generate` with people of several systems, regions, styles and texts for parts of a picture."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from test_cli import run
 import idcore
 from idcore.attach import attach
 from idcore.attention.sites import find_sites
-from idcore.errors import InputError, WeightsError
+from idcore.errors import IdcoreError, InputError, WeightsError
 from idcore.files import file_hash
 from idcore.generating import GenerateRequest, generate_pictures
 from idcore.generating_likeness import compared
@@ -21,9 +22,11 @@ from idcore.generating_regions import Named, texts_of
 from idcore.generating_styles import unsaid_words
 from idcore.identity import Identity
 from idcore.lora_files import Layer, Lora, write_lora
+from idcore.sampling.sdxl import few_step_scheduler
 from idcore.systems.lora import load_lora
 from idcore.systems.pulid import PuLID, PuLIDConfig
 from idcore.systems.pulid_encoders import EncoderConfig
+from idcore.systems.region_passes import attach_passes
 from idcore.systems.region_text import attach_texts, shared_out
 from idcore.systems.sefi_files import load_tokens, save_tokens
 from idcore.systems.sefi_ide import SeFiIDE, SeFiTokens, class_word_embeddings
@@ -82,8 +85,6 @@ def test_people_of_three_systems_and_a_style_in_one_pass(there, kind, tmp_path):
     (made,) = draw(there, tmp_path / "a", id="abv", style=True)
     f, pipe = there.folder, tiny_pipeline(there.kind)
     if there.kind == "sd":
-        from idcore.sampling.sdxl import few_step_scheduler
-
         pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
     else:
         pipe = idcore.IDPipeline(pipe)
@@ -122,10 +123,36 @@ def test_people_in_regions_whatever_their_system(there, tmp_path):
     assert not np.array_equal(sides, swapped)
     with pytest.raises(InputError, match="2 people act through the prompt and need as many different words"):
         draw(there, tmp_path / "f", id="bc", prompt=prompt)
-    with pytest.raises(InputError, match="2 people of SeFi-IDE share the picture and cannot have regions"):
-        draw(there, tmp_path / "g", id="vv", placeholder=["S*", "V*"], prompt=prompt, layout="left, right")
     with pytest.raises(InputError, match="have one strength, 1 or 0"):
         draw(there, tmp_path / "h", id="bc", placeholder=["S*", "V*"], id_scale=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_two_people_by_stages_have_regions_by_passes(there, kind, tmp_path):
+    there = there if kind == "sd" else made_for(kind, tmp_path)
+    f, pipe, prompt = there.folder, tiny_pipeline(kind), "V* and U* in a garden"
+    tokens = SeFiTokens(class_word_embeddings(pipe, "a"), 5)
+    torch.manual_seed(4)
+    for p in tokens.parameters():
+        torch.nn.init.normal_(p)
+    save_tokens(f / "u.safetensors", tokens.identity("a"))
+    args = dict(id="vu", placeholder=["V*", "U*"], prompt=prompt)
+    apart = draw(there, tmp_path / "a", layout="left, right", style=True, **args)[0]
+    if kind == "sd":
+        pipe.scheduler = few_step_scheduler(pipe.scheduler.config)
+    else:
+        pipe = idcore.IDPipeline(pipe)
+    people = [load_tokens(f / f"{n}.safetensors") for n in "vu"]
+    with (
+        load_lora(pipe, f / "style.safetensors"),
+        attach(pipe, SeFiIDE(), people, placeholder=["V*", "U*"]),
+        attach_passes(pipe, ["V* and a in a garden", "a and U* in a garden"], "left, right"),
+    ):
+        g = torch.Generator().manual_seed(0)
+        wanted = pipe("a and a in a garden", generator=g, width=16, height=16, **FAST).images[0]
+    assert np.abs(apart.astype(int) - np.asarray(wanted)).max() <= 1
+    for name, other in (("b", "right, left"), ("c", "all, right"), ("d", "all, all")):
+        assert not np.array_equal(apart, draw(there, tmp_path / name, layout=other, style=True, **args)[0])
 
 
 def test_a_strength_of_each_person(there, tmp_path):
@@ -206,7 +233,13 @@ def test_texts_of_parts():
     made = texts_of("A* and V*", [a, v._replace(mask=right)])
     assert made.prompt == "man and V*" and [t for t, _ in made.others] == ["A* and dog", "man and dog"]
     assert torch.equal(made.others[0][1], left) and not made.others[1][1].any()
-    assert texts_of("x", [Named("A*", "man", None, False)]) == ("x", [])
+    assert texts_of("x", [Named("A*", "man", None, False)]) == ("x", [], [])
+    u = Named("U*", "cat", left, True)
+    made = texts_of("U*, B* and V*", [u, b, v._replace(mask=right)])
+    assert made.prompt == "cat, person and dog" and [t for t, _ in made.others] == ["cat, B* and dog"]
+    assert [t for t, _ in made.passes] == ["U*, person and dog", "cat, person and V*"]
+    made = texts_of("U* and V*", [u, v])
+    assert made.prompt == "cat and V*" and not made.others and [t for t, _ in made.passes] == ["U* and V*"]
 
 
 def test_masks_share_out_what_they_cover_together():
@@ -306,6 +339,42 @@ def test_two_systems_in_the_attention_are_refused(there, tmp_path):
         draw(there, tmp_path, id="az")
     with pytest.raises(WeightsError, match="needs its adapter weights"):
         draw(there, tmp_path, id="ab", weights=None)
+
+
+def test_regions_and_sizes_that_do_not_fit(there, tmp_path):
+    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "grey.png")
+    black = tmp_path / "black.png"
+    for args, text in (
+        (
+            dict(layout="left, center, right"),
+            "2 people need one area in --layout per person, in the order of --id; got 3",
+        ),
+        (dict(masks=(PHOTO,)), "2 people need one --mask per person, in the order of --id; got 1"),
+        (dict(masks=(PHOTO, black)), "black.png is black, so that its person is nowhere; draw white where"),
+        (dict(layout="left, right", masks=(PHOTO, PHOTO)), "give --layout or --mask, not both"),
+        (dict(background="x", person_region="left, right"), "--person-region is one area, got 'left, right'"),
+        (dict(width=33), "--width is a multiple of 8 pixels, got 33; give 32"),
+        (dict(height=2), "--height is a multiple of 8 pixels, got 2; give 8"),
+        (dict(like=(tmp_path / "grey.png", PHOTO)), "No face was found in"),
+        (dict(like=(PHOTO, tmp_path / "no.png")), "There is no file"),
+    ):
+        with pytest.raises(IdcoreError) as e:
+            draw(there, tmp_path / "o", id="ab", prompt="S*", **args)
+        assert text in str(e.value), str(e.value)
+        assert not list((tmp_path / "o").glob("*.png")), "before anything is drawn"
+
+
+def test_files_of_another_base(there, tmp_path):
+    other = made_for("sdxl", tmp_path)
+    names = {"style": "use the base model that it was made for", "b": "text encoders have 32; encode the photos with"}
+    names["v"] = "have width 32 + 32, this pipeline's text encoders have 32"
+    for name, text in names.items():
+        path = other.folder / f"{name}.safetensors"
+        args = dict(styles=(path,), id=()) if name == "style" else dict(id=(path,))
+        values = dict(prompt="S* and V*", out=tmp_path / "o", base=str(there.folder / "base"), steps=1) | args
+        with pytest.raises(IdcoreError, match=re.escape(text)):
+            generate_pictures(GenerateRequest(**values))
 
 
 def test_the_embedded_model_says_what_it_lacks(tmp_path):

@@ -182,6 +182,7 @@ def test_the_file_says_how_it_was_made(tmp_path):
         (("{photo}", "--layout", "left"), "stylise: --mask and --layout say where people act, and --id gives none"),
         (("{tmp}/none.png",), "none.png"),
         (("{photo}", "--prompt", " "), "stylise: the prompt is empty"),
+        (("{photo}", "--background", "x", "--person-margin", "0.5"), "stylise: --person-margin is 0 to 0.25 of the"),
         (("{photo}", "--id", "{photo}"), "stylise: nothing that ships reads a photo for tiny-sd"),
     ],
 )

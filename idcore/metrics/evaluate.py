@@ -234,12 +234,17 @@ def _pairs(job: Job) -> None:
         raise InputError(f"evaluate: {absent[0]} is named as the picture without identity, and does not exist")
     n = len(job.rows)
     values = {k: np.full(n, np.nan) for k in ("pixel", "ssim", "clip", "features")}
-    for i, (pixel, ssim) in zip(index, _pixel_pairs(job, [job.files[i] for i in index], twins)):
-        values["pixel"][i], values["ssim"][i] = pixel, ssim
+    for i, said in zip(index, _pixel_pairs(job, [job.files[i] for i in index], twins)):
+        if "unreadable" in said:
+            job.unreadable[job.rows[i].without] = said["unreadable"]
+        else:
+            values["pixel"][i], values["ssim"][i] = said["pixel"], said["ssim"]
     for key, network in (("clip", job.judges.clip), ("features", job.judges.features)):
         if network is not None:
             a, b = (job.vectors(NetworkProbe(network), f) for f in ([job.files[i] for i in index], twins))
-            values[key][index] = cosine(np.stack(a), np.stack(b))
+            for i, x, y in zip(index, a, b, strict=True):
+                if x is not None and y is not None:
+                    values[key][i] = cosine(x[None], y[None])[0]
     words = {
         "pixel": ("RMS pixel difference to the picture without identity", "lower"),
         "ssim": ("SSIM to the picture without identity", "higher"),
@@ -249,18 +254,23 @@ def _pairs(job: Job) -> None:
     job.scores |= {f"pair.{k}": Score(*words[k], v) for k, v in values.items() if not np.isnan(v).all()}
 
 
-def _pixel_pairs(job: Job, files: Sequence[Path], twins: Sequence[Path]) -> list[tuple[float, float]]:
+def _pixel_pairs(job: Job, files: Sequence[Path], twins: Sequence[Path]) -> list[dict[str, Any]]:
+    """Per pair {"pixel", "ssim"}, or {"unreadable": why} of the second."""
     keys = [f"{job.store.hash_of(a)}:{job.store.hash_of(b)}" for a, b in zip(files, twins)]
     done = job.store.get(keys, PAIRS)
     for i, (key, a, b) in enumerate(zip(keys, files, twins)):
         if key in done:
             continue
-        x, y = load_image(a), load_image(b)
-        done[key] = ({"pixel": pixel_distance(x, y), "ssim": structure_similarity(x, y)}, None)
+        try:
+            x, y = load_image(a), load_image(b)
+        except InputError as e:
+            done[key] = ({"unreadable": str(e)}, None)
+        else:
+            done[key] = ({"pixel": pixel_distance(x, y), "ssim": structure_similarity(x, y)}, None)
         job.store.put(PAIRS, {key: done[key]})
         if job.progress and (i % 16 == 15 or i + 1 == len(keys)):
             job.progress(i + 1, len(keys), "pairs")
-    return [(done[k][0]["pixel"], done[k][0]["ssim"]) for k in keys]
+    return [done[k][0] for k in keys]
 
 
 def _against_real(job: Job, real: Path, subsets: int, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def load_lora(
     _require_fit(lora, models)
     touched = [m for c, m in models.items() if any(k[0] == c for k in lora.layers)]
     _require_free(name, touched)
-    with _others_kept(touched, name):
+    with _others_kept(touched, name), _hushed():
         pipe.load_lora_weights(to_state(lora, "diffusers"), adapter_name=name)
     handle = LoraHandle(touched, name, lambda: pipe.delete_adapters(name))
     handle.scale(scale)
@@ -147,6 +148,21 @@ def _others_kept(models: Sequence[nn.Module], name: str) -> Iterator[None]:
                 module.set_adapter([*active.get(path, []), *mine])
         for p in model.parameters():
             p.requires_grad_(id(p) in learned)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """diffusers says of every text encoder that a file leaves alone that it does."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _is_tuner(module: nn.Module) -> bool:

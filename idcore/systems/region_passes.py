@@ -37,6 +37,7 @@ def attach_passes(pipe: Any, prompts: Sequence[str], masks: Any, *, cfg: Any = "
     """Let parts of the pictures be predicted by prompts of their own.
 
     Words, LoRA and identities that are on the pipeline act in these predictions too, so put words and LoRA on before.
+    People of SeFi-IDE may be named here as in the main prompt.
     The unconditional half of guidance reads the negative prompt everywhere; SDXL's pooled text is each prompt's own.
 
     Args:
@@ -60,7 +61,7 @@ def attach_passes(pipe: Any, prompts: Sequence[str], masks: Any, *, cfg: Any = "
     if any(m is not None and m.shape[0] > 1 for m in where):
         raise InputError("texts for regions: wanted masks [H, W] that serve all pictures, got one per picture")
     where = [torch.ones(1, 1, 1) if m is None else m for m in where]
-    return PassesHandle(unet, [encoded(pipe, p) for p in prompts], where, guidance_rows(cfg, pipe))
+    return PassesHandle(unet, [encoded(pipe, p, staged=True) for p in prompts], where, guidance_rows(cfg, pipe))
 
 
 class PassesHandle:
@@ -117,7 +118,8 @@ class PassesHandle:
     def _all_texts(self, text: Tensor, batch: int) -> Tensor:
         """Kept as long as the very same tensor comes, so that layers see that it is unchanged."""
         if self._read is None or self._read[0] is not text:
-            wide = text.repeat_interleave(self._times * batch // text.shape[0], 0)
+            wide = _widened(text, max(t.shape[-1] for t in (text, *(t for t, _ in self._texts))))
+            wide = wide.repeat_interleave(self._times * batch // text.shape[0], 0)
             self._read = text, self._with_others(wide, [t for t, _ in self._texts])
         return self._read[1]
 
@@ -137,8 +139,7 @@ class PassesHandle:
                     f"texts for regions: the prompt has {wide.shape[1]} tokens, another text {text.shape[1]}; give "
                     "texts of one length"
                 )
-            # Staged text (SeFi-IDE) is several encodings side by side; a plain text is the same in each.
-            own = torch.cat([text.to(wide)] * (wide.shape[-1] // text.shape[-1]), -1)
+            own = _widened(text.to(wide), wide.shape[-1])
             for i, kind in enumerate(kinds):
                 if kind == "cond":
                     parts[i, :, j] = own
@@ -160,6 +161,11 @@ class PassesHandle:
             own = torch.cat([F.adaptive_avg_pool2d(m[None].to(made.device), made.shape[-2:]) for m in self._masks], 1)
             self._shares = torch.cat([1 - own.sum(1, keepdim=True), own], 1)[0, :, None].to(made.dtype)
         return self._shares
+
+
+def _widened(text: Tensor, width: int) -> Tensor:
+    """Staged text (SeFi-IDE) is several encodings side by side; a plain text is the same in each."""
+    return text if text.shape[-1] == width else torch.cat([text] * (width // text.shape[-1]), -1)
 
 
 def grown(mask: Tensor, margin: float) -> Tensor:

@@ -105,11 +105,16 @@ def texts_checked(prompts: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def encoded(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
+def encoded(pipe: Any, prompt: str, *, staged: bool = False) -> tuple[Tensor, Tensor | None]:
     """[1, L, E] float32, by the pipeline's own `encode_prompt`, and SDXL's pooled text [1, P].
 
+    Args:
+        pipe: whose prompt it is.
+        prompt: the text.
+        staged: whether it may be wide text, several encodings side by side (`attention.staged`).
+
     Raises:
-        InputError: the prompt names a person of SeFi-IDE.
+        InputError: the prompt names a person of SeFi-IDE, and `staged` is not set.
     """
     inner = components_of(pipe)
     device = text_parts(pipe)[0].encoder.get_input_embeddings().weight.device
@@ -118,7 +123,7 @@ def encoded(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
     )
     text = made[0]
     width = unwrap(pipe.unet).config.cross_attention_dim
-    if text.shape[-1] != width:
+    if text.shape[-1] != width and not staged:
         raise InputError(
             f"texts for regions: {prompt!r} names a person of SeFi-IDE, whose words change with the stage of the "
             "denoising; name that person in the main prompt, and give the other parts of the picture texts without"

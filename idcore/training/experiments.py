@@ -73,14 +73,33 @@ def mean_of(rows: Sequence[Row], name: str, seed: int, key: str) -> float | None
     return float(np.mean(values)) if values else None
 
 
-def cell(values: Sequence[float | None]) -> str:
-    """The mean over the seeds, with half the range between the least and the largest."""
-    known = [v for v in values if v is not None]
+def half_range(values: Sequence[float]) -> float:
+    """Half of what lies between the least and the largest."""
+    return (max(values) - min(values)) / 2
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of these values (not of what they are drawn from)."""
+    return float(np.std(values))
+
+
+def cell(
+    values: Sequence[float | None], digits: int | None = None, spread: Callable[[Sequence[float]], float] = half_range
+) -> str:
+    """The mean over the seeds; of several, behind ± how far they lie apart.
+
+    Args:
+        values: one per seed; None where a seed has none.
+        digits: behind the point; None: 2, or 0 for values from 10 on.
+        spread: `half_range` or `deviation`, as the page says.
+    """
+    known = [float(v) for v in values if v is not None]
     if not known:
         return "–"
-    digits = 2 if max(map(abs, known)) < 10 else 0
-    spread = f" ± {(max(known) - min(known)) / 2:.{digits}f}" if len(known) > 1 and max(known) > min(known) else ""
-    return f"{np.mean(known):.{digits}f}{spread}"
+    if digits is None:
+        digits = 2 if max(map(abs, known)) < 10 else 0
+    apart = f" ± {spread(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.{digits}f}{apart}"
 
 
 def table(columns: Mapping[str, str], rows: Iterable[tuple[str, Iterable[str]]]) -> list[str]:

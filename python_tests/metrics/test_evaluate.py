@@ -182,6 +182,29 @@ def test_figures_by_hand_with_a_missing_face_and_unreadable_files(tmp_path):
     )
 
 
+class Mean:
+    key, words = "mean", "mean colour"
+
+    def __call__(self, pictures):
+        return np.stack([np.asarray(p, np.float32).mean((0, 1)) for p in pictures])
+
+
+def test_a_twin_that_cannot_be_read_is_told_and_left_out(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, colour in (("a", "red"), ("b", "blue"), ("a0", "red")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+    (folder / "b0.png").write_bytes((folder / "b.png").read_bytes()[:60])
+    lines = [json.dumps({"file_name": f"{n}.png", "person": "me", "without": f"{n}0.png"}) for n in "ab"]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for _ in range(2):  # the second time from the store
+        result = evaluate(folder, tmp_path / "out", Judges({"c": Colour()}, features=Mean()))
+        figures = result["figures"]
+        assert figures["pair.pixel"]["n"] == figures["pair.ssim"]["n"] == figures["pair.features"]["n"] == 1
+        assert figures["pair.features"]["mean"] == pytest.approx(1.0)
+        assert list(result["counts"]["unreadable"]) == ["b0.png"]
+
+
 def test_one_person_is_whom_all_pictures_show(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -316,6 +339,7 @@ def test_requests_that_are_refused(tmp_path):
         ({"pictures": picture.parent, "real": picture.parent}, "need a feature network; name one with --features"),
         ({"pictures": picture.parent, "against": picture}, "cannot be read as an evaluation"),
         ({"people": "drawn:x"}, 'wanted "drawn:" with a number'),
+        ({"people": str(picture), "base": "tiny-sd"}, "evaluate: nothing that ships .* then copy .* beside the photo"),
         ({"people": str(tmp_path / "nobody")}, "neither a photo nor a folder"),
     ):
         with pytest.raises(InputError, match=said):

@@ -1,9 +1,10 @@
 """Pictures and settings that the tests of StyleForge share."""
 
 import numpy as np
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from idcore.testing.tiny_models import tiny_pipeline
+from idcore.testing.tiny_models import tiny_pipeline, tiny_unet
 from idcore.training.bases.sd15 import SD15Base
 from idcore.training.bases.sdxl import SDXLBase
 from idcore.training.styleforge.config import load_config
@@ -16,6 +17,10 @@ SMALL = (
 
 
 def base_of(kind="sd"):
+    if kind == "sd2":  # as SD 2.1 differs: linear projections, velocity prediction
+        scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1)
+        unet = tiny_unet("sd", use_linear_projection=True)
+        return SD15Base(tiny_pipeline("sd", unet=unet, scheduler=scheduler))
     return {"sd": SD15Base, "sdxl": SDXLBase}[kind](tiny_pipeline(kind))
 
 

@@ -261,7 +261,7 @@ def test_the_ablation_s_page_holds_both_arms_and_their_spread(tmp_path):
         Image.new("RGB", (128, 512), "red").save(folder / "drawn.png")
     results, page, picture = report(tmp_path / "runs", rows, tmp_path / "docs")
     text = page.read_text()
-    assert text.count("| 0.550 ± 0.050 | 0.000 ± 0.000 |  | 0.750 ± 0.000 |") == 2 and "faces and pairs" in text
+    assert text.count("| 0.550 ± 0.050 | 0.000 ± 0.000 | – | 0.750 ± 0.000 |") == 2 and "faces and pairs" in text
     assert json.loads(results.read_text())["runs"] == rows
     assert Image.open(picture).size == (128, 2 * (256 + 16))
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from idcore.errors import InputError
-from idcore.training.experiments import cell
+from idcore.training.experiments import cell, deviation
 from idcore.training.personal.table import CHANGES, COMMON, run
 from idcore.training.personal.table_page import report
 
@@ -36,4 +36,5 @@ def test_a_table_of_one_step(tmp_path):
 
 def test_cells_say_the_spread():
     assert cell([0.5, 0.7, 0.6]) == "0.60 ± 0.10" and cell([None]) == "–" and cell([12.4]) == "12"
-    assert cell([0.5, 0.5]) == "0.50"
+    assert cell([0.5, 0.5]) == "0.50 ± 0.00"
+    assert cell([0.5, None, 0.7], 3, deviation) == "0.600 ± 0.100" and cell([0.2], 3, deviation) == "0.200"

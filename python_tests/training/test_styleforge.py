@@ -99,7 +99,7 @@ def test_sets_prompts_and_weights():
     "kind, changes",
     [
         ("sd", ("tune.text_encoder=true",)),
-        ("sd", ("loss.form=clean", "tune.layers=all")),
+        ("sd2", ("loss.form=clean", "tune.layers=all")),
         ("sdxl", ("tune.text_encoder=true", "result.layouts=kohya,diffusers,peft")),
     ],
 )
@@ -129,17 +129,20 @@ def test_trained_saved_loaded_and_drawn_with(kind, changes, tmp_path):
     assert "idcore generate --style RESULT" in card and "StyleForge" in card
 
 
-def test_whole_weights(tmp_path):
-    base = base_of()
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_whole_weights(kind, tmp_path):
+    base = base_of(kind)
     config = settings("tune.weights=full", "tune.text_encoder=true", "loop.lr=1e-3")
     made = train_styleforge(config, data(), tmp_path, base=base)
-    from idcore.training.bases.sd15 import SD15Base
-
     assert read_result(made).weights == "pipeline"
-    again = SD15Base.from_pretrained(made / "pipeline", dtype=torch.float32)
+    again = type(base).from_pretrained(made / "pipeline", dtype=torch.float32)
+    start = base_of(kind).pipe
+    for part in ("unet", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])):
+        moved = zip(getattr(again.pipe, part).parameters(), getattr(start, part).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in moved), part
     drawn = [np.asarray(draw(b, ["a photo of [V] style"], [0], 16, 2, 1.0)[0]).astype(int) for b in (base, again)]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
-    assert (drawn[0] != np.asarray(draw(base_of(), ["a photo of [V] style"], [0], 16, 2, 1.0)[0])).mean() > 0.2
+    assert (drawn[0] != np.asarray(draw(base_of(kind), ["a photo of [V] style"], [0], 16, 2, 1.0)[0])).mean() > 0.2
 
 
 def same_file(one, two):

@@ -18,6 +18,25 @@ from idcore.metrics.rows import Row
 PHOTO = Path(idcore.__file__).parent / "assets/photos/astronaut.png"
 
 
+def test_the_page_of_two_thousand_pictures_stays_small(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (512, 512), (60 * i, 90, 200)).save(tmp_path / f"{i}.png")
+    rows = [Row(f"{i % 4}.png", f"a photo of somebody in place {i % 20}", f"p{i % 10}", i) for i in range(2000)]
+    result = evaluate(tmp_path, tmp_path / "out", Judges({"embedded": EmbeddedAnalyzer()}), rows=rows)
+    page = tmp_path / "out" / "index.html"
+    assert page.stat().st_size < 3e6 and result["counts"]["pictures"] == 2000
+    text = page.read_text()
+    assert text.count("<img") <= 300 and "286 of 2000 pictures, evenly chosen" in text and "<script" not in text
+    if chromium.BINARY is None:
+        return
+    with chromium.Chromium(tmp_path / "profile") as browser:
+        browser.send("Page.navigate", url=page.as_uri())
+        browser.wait("document.readyState == 'complete'")
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off"
+        assert browser.evaluate("[...document.images].every(i => i.naturalWidth > 0 && i.width <= 140)")
+        assert all(r.startswith(("file:", "data:")) for r in browser.requests)
+
+
 @pytest.mark.skipif(chromium.BINARY is None, reason="no chromium on this machine")
 def test_a_style_against_the_same_without(tmp_path):
     photo = Image.open(PHOTO).convert("RGB")

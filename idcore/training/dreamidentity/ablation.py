@@ -29,7 +29,7 @@ from ...systems.words import WordSystem
 from ...workflows import write_text
 from ..bases.opening import TINY_SD, open_text_base
 from ..commands import Say
-from ..experiments import carry_out, parser_of, table, write_page
+from ..experiments import carry_out, cell, deviation, parser_of, table, write_page
 from ..resuming import begun
 from .config import DRAWN, load_config
 from .result import WEIGHTS
@@ -138,17 +138,10 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path) -> list[Pat
     """docs/results/dreamidentity-ablation.json, docs/dreamidentity-ablation.md and .png."""
     seeds = sorted({r["seed"] for r in rows})
     names = dict.fromkeys(r["run"] for r in rows)
-    cells = {n: [_cell([r[k] for r in rows if r["run"] == n and r.get(k) is not None]) for k in COLUMNS] for n in names}
+    cells = {n: [cell([r.get(k) for r in rows if r["run"] == n], 3, deviation) for k in COLUMNS] for n in names}
     facts, page = {"seeds": seeds, "settings": list(CHANGES)}, _words(table(COLUMNS, cells.items()), seeds)
     written = write_page(docs, "dreamidentity-ablation", facts, rows, page)
     return [*written, _picture(out, seeds[0], docs / "dreamidentity-ablation.png")]
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 def _words(lines: Sequence[str], seeds: Sequence[int]) -> str:

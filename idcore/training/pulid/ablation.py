@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...env import command_line, machine
@@ -27,7 +26,7 @@ from ...results import is_result
 from ...workflows import write_text
 from ..card import draw_curves, read_lines
 from ..data.procedural import procedural_folder
-from ..experiments import parser_of, table
+from ..experiments import cell, deviation, parser_of, table
 from . import exam as examining
 from .config import PuLIDTrainConfig, load_config
 from .data import open_data
@@ -137,7 +136,7 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]], docs: Path, settings: S
     written = [docs / "results" / "pulid-ablation.json", docs / "pulid-ablation.md"]
     write_text(written[0], json.dumps(data, indent=1))
     named = {"no identity": [bare], **{name: [r for r in rows if r["run"] == name] for name in names}}
-    cells = lambda mine: [_cell([r[k] for r in mine if k in r]) for k in COLUMNS]  # noqa: E731
+    cells = lambda mine: [cell([r.get(k) for r in mine], 3, deviation) for k in COLUMNS]  # noqa: E731
     lines = table(COLUMNS, [(name, cells(mine)) for name, mine in named.items()])
     counts = {name: sum(r["run"] == name for r in rows) for name in names}
     write_text(written[1], _words([*lines, *_kept(rows, bare)], seeds, counts, settings))
@@ -160,7 +159,7 @@ def _kept(rows: Sequence[Mapping[str, Any]], bare: Mapping[str, float]) -> list[
     for name in (n for n, b in BRANCHES.items() if b.after == "stage 2"):
         mine = [r for r in rows if r["run"] == name and gain.get(r["seed"], 0) > 0]
         shares = [(bare["distance"] - r["distance"]) / gain[r["seed"]] for r in mine]
-        parts += [f"{name} {_cell(shares)}"] if shares else []
+        parts += [f"{name} {cell(shares, 3, deviation)}"] if shares else []
     if not parts:
         return []
     return ["", f"Kept of what stage 2 gains in distance over no identity: {'; '.join(parts)}."]
@@ -186,13 +185,6 @@ def _words(table: Sequence[str], seeds: Sequence[int], counts: Mapping[str, int]
         "![unseen people](pulid-ablation-people.png)", "",
         "![curves of the first seed](pulid-ablation.png)",
     ])  # fmt: skip
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 def _curves(out: Path, seed: int) -> dict[str, tuple[list, list]]:

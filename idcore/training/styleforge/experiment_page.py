@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from ...env import command_line, machine
 from ...workflows import write_text
+from ..experiments import cell, deviation
 from .exam import BY_WORD, CONTENTS, EMPTY, MEASURES, SEEDS
 
 BLOCKS = ((len(CONTENTS), "with the word"), (len(EMPTY), "nobody asked for"), (len(CONTENTS), "without the word"))
@@ -113,9 +114,8 @@ def _by_style(rows: Sequence[Mapping], key: str) -> list[str]:
 
 
 def _cell(by_seed: Sequence[Sequence[float]]) -> str:
-    """The mean over the seeds' means, and their spread."""
-    means = [float(np.mean(v)) for v in by_seed if v]
-    return f"{np.mean(means):.2f}" + (f" ± {np.std(means):.2f}" if len(means) > 1 else "")
+    """The mean over the seeds' means, and their deviation."""
+    return cell([float(np.mean(v)) for v in by_seed if v], 2, deviation)
 
 
 def _sheet(out: Path, rows: Sequence[Mapping]) -> Image.Image:

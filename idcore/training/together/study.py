@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from PIL import Image, ImageDraw
 
 from ...attention.masks import read_masks
 from ...env import command_line, machine
-from ...errors import told
 from ...generating import GenerateRequest
 from ...generating_base import Artist
 from ...generating_people import grouped
 from ...metrics.drawn_attributes import drawn_photo
 from ...workflows import save_picture, write_text
+from ..commands import Say
+from ..experiments import carry_out, cell, parser_of
 from .pieces import Carrier, Settings, carriers, photos, trained_style
 
 COLOURS = ("blue", "yellow")
@@ -175,14 +177,14 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for carrier in dict.fromkeys(line["carrier"] for line in lines):
         by = {k: [x for x in lines if (x["carrier"], x["look"]) == (carrier, k)] for k in PROMPTS}
         for look, some in by.items():
-            taken = "" if look == PLAIN else _spread([a["distance"] - b["distance"] for a, b in zip(some, by[PLAIN])])
-            cells = [_spread([x[k] for x in some]) for k in ("distance", "rank1", "found", "style", "background")]
+            taken = "" if look == PLAIN else _cell([a["distance"] - b["distance"] for a, b in zip(some, by[PLAIN])])
+            cells = [_cell([x[k] for x in some]) for k in ("distance", "rank1", "found", "style", "background")]
             out.append(f"| {carrier} | {look} | {cells[0]} | {taken} | {' | '.join(cells[1:])} |")
     return "\n".join(out)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+def _cell(values: Sequence[float]) -> str:
+    return cell(values, 3, partial(np.std, ddof=1))
 
 
 def montage(rows: Sequence[dict[str, Any]], out: Path, seed: int, edge: int = 96) -> Image.Image:
@@ -218,31 +220,33 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]], exam: Any, seeds:
     }  # fmt: skip
 
 
-def _arguments() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m idcore.training.together.study", description=__doc__.splitlines()[0])
-    p.add_argument("--out", type=Path, required=True, help="folder of trainings and pictures; a second call goes on")
-    p.add_argument("--docs", type=Path, help="folder with results/together.json, together-table.md and together.jpg")
-    p.add_argument("--pulid", type=Path, help="result folder of `idcore train pulid --base tiny-sd`")
-    p.add_argument("--dream", type=Path, help="result folder or weights of `idcore train dreamidentity`")
-    p.add_argument("--people", type=int, default=Settings.people)
-    p.add_argument("--seeds", type=int, nargs="+", default=list(Settings.seeds))
-    p.add_argument("--style", default=Settings.style, choices=("pencil", "oil", "cartoon", "sepia", "night"))
-    return p
+def write(out: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]], docs: Path) -> list[Path]:
+    """docs/results/together.json and together-table.md, and docs/together.jpg."""
+    (docs / "results").mkdir(parents=True, exist_ok=True)
+    written = [docs / "results" / "together.json", docs / "results" / "together-table.md", docs / "together.jpg"]
+    write_text(written[0], json.dumps(found, indent=1))
+    write_text(written[1], table(found["lines"]))
+    montage(rows, out, found["lines"][0]["seed"]).save(written[2], quality=88)
+    return written
 
 
-def main() -> None:
-    a = _arguments().parse_args()
-    settings = Settings(people=a.people, seeds=tuple(a.seeds), style=a.style)
-    rows, exam = pictures(settings, a.out, lambda t: print(t, file=sys.stderr), pulid=a.pulid, dream=a.dream)
-    found = report(settings, rows, exam, photos(settings, a.out)[0], a.out)
-    text = table(found["lines"])
-    print(text)
-    if a.docs is not None:
-        (a.docs / "results").mkdir(parents=True, exist_ok=True)
-        write_text(a.docs / "results" / "together.json", json.dumps(found, indent=1))
-        write_text(a.docs / "results" / "together-table.md", text)
-        montage(rows, a.out, settings.seeds[0]).save(a.docs / "together.jpg", quality=88)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = parser_of("together.study", __doc__, "runs/together")
+    parser.add_argument("--pulid", type=Path, help="result folder of `idcore train pulid --base tiny-sd`")
+    parser.add_argument("--dream", type=Path, help="result folder or weights of `idcore train dreamidentity`")
+    parser.add_argument("--people", type=int, default=Settings.people)
+    parser.add_argument("--style", default=Settings.style, choices=("pencil", "oil", "cartoon", "sepia", "night"))
+    found: dict[str, Any] = {}
+
+    def run(o: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
+        settings = Settings(people=o.people, seeds=tuple(o.seeds), style=o.style)
+        rows, exam = pictures(settings, o.out, say, pulid=o.pulid, dream=o.dream)
+        found.update(report(settings, rows, exam, photos(settings, o.out)[0], o.out))
+        return rows
+
+    return carry_out(parser, run, lambda out, rows, docs: write(out, found, rows, docs), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(main())
