@@ -83,7 +83,7 @@ def complaint(line):
         known |= {f"--{n.replace('_', '-')}" for n in re.findall(r"(\w+): ", Path(spec.origin).read_text())}
     else:
         command, rest = command_line(), words[1:]
-        while hasattr(command, "commands") and rest:
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
             names = re.split(r"[,|]", rest[0])
             if not re.fullmatch(r"[a-z-]+", names[0]):  # a placeholder such as NAME or "..."
                 return None
