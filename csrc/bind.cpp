@@ -80,6 +80,14 @@ void stage_tokens_cpu(const py::tuple& numbers, const py::tuple& embeddings, con
   idcore::cpu::stage_tokens(p);
 }
 
+void stage_tokens_cpu_bwd(const py::tuple& numbers, const py::tuple& positions, const py::tuple& stage,
+                          uintptr_t g, uintptr_t embeddings, uintptr_t bank) {
+  const idcore::cpu::StageTokensGrads p = stage_tokens_grads(numbers, positions, stage, g, embeddings, bank);
+  const idcore::cpu::Kernels& kernels = chosen_kernels();
+  py::gil_scoped_release release;
+  idcore::cpu::stage_tokens_bwd(p, kernels);
+}
+
 double token_loss_cpu(const py::tuple& numbers, const py::tuple& q, const py::tuple& k,
                       const py::tuple& k_ref, const py::tuple& weight) {
   const idcore::TokenLossParams p = token_loss_params(numbers, q, k, k_ref, weight);
@@ -265,6 +273,8 @@ PYBIND11_MODULE(_C, m) {
         "softmax over image rows of k q^T / sqrt(D), times q; and the logarithms.");
   m.def("semantic_cpu_bwd", &semantic_cpu_bwd, "Its gradients dq and dk.");
   m.def("stage_tokens_cpu", &stage_tokens_cpu, "Word embeddings with rows replaced, once per stage.");
+  m.def("stage_tokens_cpu_bwd", &stage_tokens_cpu_bwd,
+        "Its gradients: the embeddings' in the dtype of g, the tokens' in float32.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets that were compiled in, weakest first.");
   m.def("usable_isas", &usable_isas, "Those of them that this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

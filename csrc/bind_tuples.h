@@ -171,6 +171,30 @@ inline cpu::StageTokensParams stage_tokens_params(const py::tuple& numbers, cons
           reinterpret_cast<char*>(out)};
 }
 
+// numbers: (dtype, S, B, Bt, L, T, E); the others as for the forward, g, embeddings and bank by address.
+inline cpu::StageTokensGrads stage_tokens_grads(const py::tuple& numbers, const py::tuple& positions,
+                                                const py::tuple& stage, uintptr_t g, uintptr_t embeddings,
+                                                uintptr_t bank) {
+  want_size(numbers, 7, "numbers of stage_tokens");
+  want_size(positions, 3, "positions");
+  want_size(stage, 2, "stage");
+  return {dtype_of(int_at(numbers, 0)),
+          int_at(numbers, 1),
+          int_at(numbers, 2),
+          int_at(numbers, 3),
+          int_at(numbers, 4),
+          int_at(numbers, 5),
+          int_at(numbers, 6),
+          reinterpret_cast<const char*>(g),
+          pointer_at<const int32_t>(positions, 0),
+          int_at(positions, 1),
+          int_at(positions, 2),
+          pointer_at<const int32_t>(stage, 0),
+          int_at(stage, 1),
+          reinterpret_cast<char*>(embeddings),
+          reinterpret_cast<float*>(bank)};
+}
+
 // numbers: (faces, H, W, filter, dtype, rounded, bgr, address of picture_of or 0, address of matrices);
 // pictures: (address, height, width, strides of y, x, channel) each; out: (address, strides of face, channel,
 // y, x); colours: fill, mean, std, each red, green, blue

@@ -14,6 +14,8 @@ class Backward : Segments {
     plan_.stats = &stats;
     plan_.grads = &grads_;
     plan_.two_passes = p_.merge != Merge::kAdd && p_.num_identities > 0;
+    // For few rows h must be the one that alpha was made of: float32 there too.
+    if (plan_.two_passes && p_.lq <= kFewRows) plan_.pairs = false;
     plan_.wait_dtype = p_.lq <= kFewRows ? DType::kFloat32 : p_.dtype;
   }
 
@@ -25,11 +27,11 @@ class Backward : Segments {
       const FlushSubnormals flush;
       pack();
       if (plan_.two_passes) {
-        each_item([&](auto... item) { k_.gather(plan_, item...); });
+        each_item([&](auto... item) { kernels().gather(plan_, item...); });
         numerators();
         if (plan_.dshare != nullptr) mean_dshare();
       }
-      each_item([&](auto... item) { k_.scatter(plan_, item...); });
+      each_item([&](auto... item) { kernels().scatter(plan_, item...); });
       scales();
       for (int b = 0; b < branches(); ++b) {
         if (plan_.dk[b] == nullptr) continue;

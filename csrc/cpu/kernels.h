@@ -72,6 +72,9 @@ struct Kernels {
   const BackwardKernels* backward;
   // One tile of `align_face`.
   void (*chip_tile)(const ChipTile& tile);
+  // out = the sum of rows of `elements` each, in float32 and in their order; without a row zeros.
+  void (*sum_rows)(DType type, const char* const* rows, int64_t count, int64_t elements, DType out_type,
+                   void* out);
 };
 
 const Kernels* kernels_base();

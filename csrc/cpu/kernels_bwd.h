@@ -13,7 +13,7 @@ namespace cpu {
 // order, so that the number of threads does not change a bit (our choice).
 constexpr int64_t kSegmentRows = 512;
 
-// One K or V as float32, repacked once per call: for dot products with rows, and row by row.
+// One K or V as float32 or pairs of bf16, repacked once per call: for dot products with rows, and row by row.
 struct PackedTwice {
   float* dots;
   float* rows;
@@ -25,6 +25,7 @@ struct BackwardPlan {
   const IdAttentionParams* params;
   const IdAttentionStats* stats;
   const IdAttentionGrads* grads;
+  bool pairs;          // bf16 operands stay bf16 and go through the dot-product instruction
   bool two_passes;     // ortho and ortho_v2 with identities
   int64_t segments;    // ceil(Lq / kSegmentRows)
   int64_t padded_dim;  // D rounded up to whole vectors
@@ -58,12 +59,8 @@ struct LossPlan {
   HeadTensor dq;
 };
 
-struct BackwardKernels {
-  int64_t (*packed_dots_words)(int64_t length, int64_t steps);
-  int64_t (*scratch_floats)(const IdAttentionParams& params);  // per thread
-  // Both forms of one row of K or V: `rows` points at its first element.
-  void (*pack)(DType type, const char* rows, int64_t row_bytes, int64_t length, int64_t head_dim, float* dots,
-               float* by_row);
+// What works on items; each sums its own share of gradients.
+struct ItemKernels {
   // First pass of ortho and ortho_v2 over one item: h, `sums`, `dshare`.
   void (*gather)(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
   // The gradients of one item: dq, and its shares of all others.
@@ -73,9 +70,18 @@ struct BackwardKernels {
   void (*token_loss_grad)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
   void (*semantic)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
   void (*semantic_grad)(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch);
+};
+
+struct BackwardKernels {
+  int64_t (*packed_dots_words)(int64_t length, int64_t steps);
+  int64_t (*scratch_floats)(const IdAttentionParams& params);  // per thread
   int64_t (*semantic_scratch)(const IdAttentionParams& params);
+  // Both forms of one row of K or V: `rows` points at its first element.
+  void (*pack)(DType type, bool pairs, const char* rows, int64_t row_bytes, int64_t length, int64_t head_dim,
+               float* dots, float* by_row);
   // [length][padded] float32 to [length][head_dim] elements.
   void (*store)(DType type, const float* rows, int64_t length, int64_t head_dim, void* out);
+  ItemKernels float32, pairs;  // the latter empty where the unit has no pairs
 };
 
 }  // namespace cpu

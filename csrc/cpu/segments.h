@@ -38,6 +38,7 @@ class Segments {
   Segments(const IdAttentionParams& params, const Kernels& kernels)
       : p_(params), k_(*kernels.backward), lanes_(kernels.lanes) {
     plan_.params = &p_;
+    plan_.pairs = kernels.has_pairs && p_.dtype == DType::kBFloat16 && p_.head_dim % 2 == 0;
     plan_.segments = (p_.lq + kSegmentRows - 1) / kSegmentRows;
     plan_.padded_dim = (p_.head_dim + lanes_ - 1) / lanes_ * lanes_;
     items_ = p_.batch * plan_.segments * p_.heads;
@@ -45,6 +46,7 @@ class Segments {
     threads_ = team_size(work(), kSerialSegmentWork);
   }
 
+  const ItemKernels& kernels() const { return plan_.pairs ? k_.pairs : k_.float32; }
   int branches() const { return 1 + p_.num_identities; }
 
   KeySource key(int b) const {
@@ -64,8 +66,9 @@ class Segments {
 
   PackedTwice packed(Pieces& pieces, int b, const KeySource& s) const {
     const int64_t count = s.per_sample() ? p_.batch : s.tensor->batch, length = length_of(p_, b);
-    const int64_t dots = (k_.packed_dots_words(length, p_.head_dim) + 15) / 16 * 16;
-    const int64_t rows = (length * plan_.padded_dim + 15) / 16 * 16;
+    const int64_t per_step = plan_.pairs ? 2 : 1;
+    const int64_t dots = (k_.packed_dots_words(length, p_.head_dim / per_step) + 15) / 16 * 16;
+    const int64_t rows = ((length + per_step - 1) / per_step * plan_.padded_dim + 15) / 16 * 16;
     float* first = pieces.take<float>(dots * p_.heads * count);
     return {first, pieces.take<float>(rows * p_.heads * count), count, dots, rows};
   }
@@ -98,8 +101,9 @@ class Segments {
       const int64_t b = i / p_.heads, row = s.per_sample() ? b * s.tensor->batch / p_.batch : b;
       const int64_t at =
           s.stage(b) * s.bank_stride + row * s.tensor->stride_batch + i % p_.heads * s.tensor->stride_head;
-      k_.pack(p_.dtype, static_cast<const char*>(s.tensor->data) + at * size, s.tensor->stride_row * size,
-              length, p_.head_dim, to.dots + i * to.dots_stride, to.rows + i * to.rows_stride);
+      k_.pack(p_.dtype, plan_.pairs, static_cast<const char*>(s.tensor->data) + at * size,
+              s.tensor->stride_row * size, length, p_.head_dim, to.dots + i * to.dots_stride,
+              to.rows + i * to.rows_stride);
     }
   }
 

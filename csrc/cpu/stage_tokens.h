@@ -1,8 +1,10 @@
-// `stage_tokens` on the CPU: rows of word embeddings, some of them replaced, once per stage. Rows are only
-// copied.
+// `stage_tokens` on the CPU: rows of word embeddings, some of them replaced, once per stage. Forward copies
+// rows, backward adds them up.
 #pragma once
 
 #include <cstdint>
+
+#include "cpu/kernels.h"
 
 namespace idcore {
 namespace cpu {
@@ -22,6 +24,22 @@ struct StageTokensParams {
 };
 
 void stage_tokens(const StageTokensParams& params);
+
+// Gradients of both inputs from `g`, that of the result: contiguous, in its shape. Strides in elements.
+struct StageTokensGrads {
+  DType dtype;  // of g and of the embeddings' gradient
+  int64_t stages, batch, token_batch, length, tokens, width;
+  const char* g;
+  const int32_t* positions;  // as above, distinct within a sample
+  int64_t positions_batch, positions_token;
+  const int32_t* stage;
+  int64_t stage_stride;
+  char* embeddings;  // [B, L, E] of `dtype`; null: not wanted
+  float* bank;       // [S, Bt, T, E]; the sum over the samples that read a token
+};
+
+// The same bits for any number of threads. Throws std::bad_alloc.
+void stage_tokens_bwd(const StageTokensGrads& grads, const Kernels& kernels);
 
 }  // namespace cpu
 }  // namespace idcore

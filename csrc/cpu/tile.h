@@ -2,6 +2,9 @@
 #pragma once
 
 #include "cpu/tile_values.h"
+#if defined(IDC_PAIRS)
+#include "cpu/tile_pairs.h"
+#endif
 #if defined(IDC_TILES)
 #include "cpu/tile_amx.h"
 #endif
@@ -11,28 +14,6 @@ namespace cpu {
 namespace {
 
 constexpr float kLog2e = 1.44269504088896341f;
-
-#if defined(IDC_PAIRS)
-// In place: [key][kRows] floats to [key / 2][kRows] pairs of bf16, times `gain` per row.
-IDC_NOINLINE void to_pairs(float* scores, int64_t length, const float* gain) {
-  const V g0 = load(gain), g1 = load(gain + kLanes);
-  for (int64_t t = 0; t < length; t += 2) {
-    const float* a = scores + t * kRows;
-    const bool alone = t + 1 == length;
-    const V a0 = mul(g0, load(a)), a1 = mul(g1, load(a + kLanes));
-    const V b0 = alone ? zero() : mul(g0, load(a + kRows)),
-            b1 = alone ? zero() : mul(g1, load(a + kRows + kLanes));
-    store(scores + t / 2 * kRows, narrow_pairs(a0, b0));
-    store(scores + t / 2 * kRows + kLanes, narrow_pairs(a1, b1));
-  }
-#if defined(IDC_TILES)
-  for (int64_t w = ceil_div(length, 2); w < whole_tiles(ceil_div(length, 2)); ++w) {
-    store(scores + w * kRows, zero());
-    store(scores + w * kRows + kLanes, zero());
-  }
-#endif
-}
-#endif
 
 IDC_NOINLINE void scale_scores(float* scores, int64_t length, const float* gain) {
   const V g0 = load(gain), g1 = load(gain + kLanes);
@@ -78,9 +59,7 @@ IDC_INLINE void load_queries(const BlockJob& j) {
   const int64_t steps = score_steps(j.plan);
   const Form form = form_of(j.plan);
   transpose_rows(form, rows, row_bytes, j.valid, steps, j.q, kRows);
-  const bool second = j.valid > kLanes;  // else any rows will do for the second vector
-  transpose_rows(form, second ? rows + kLanes * row_bytes : rows, row_bytes,
-                 second ? j.valid - kLanes : j.valid, steps, j.q + kLanes, kRows);
+  transpose_rows(form, rows + kLanes * row_bytes, row_bytes, j.valid - kLanes, steps, j.q + kLanes, kRows);
 }
 
 IDC_INLINE SumOfTwo text_softmax(const BlockJob& j, float* scores, float* top, float scale) {
@@ -101,12 +80,7 @@ IDC_INLINE void put_norm(float* norm, const SumOfTwo& sum) {
 template <bool kPairs>
 IDC_INLINE void finish_scores(float* scores, int64_t length) {
 #if defined(IDC_PAIRS)
-  if constexpr (kPairs) {
-    alignas(64) float one[kRows];
-    store(one, all(1.0f));
-    store(one + kLanes, all(1.0f));
-    to_pairs(scores, length, one);
-  }
+  if constexpr (kPairs) to_pairs(scores, length, scores);
 #endif
   (void)scores, (void)length;
 }
@@ -115,7 +89,7 @@ IDC_INLINE void finish_scores(float* scores, int64_t length) {
 template <bool kPairs>
 IDC_INLINE void finish_scores(float* scores, int64_t length, const float* gain) {
 #if defined(IDC_PAIRS)
-  if constexpr (kPairs) return to_pairs(scores, length, gain);
+  if constexpr (kPairs) return to_pairs(scores, length, gain, scores);
 #endif
   scale_scores(scores, length, gain);
 }

@@ -38,8 +38,8 @@ struct Tiles {
 };
 
 template <>
-IDC_NOINLINE void score_branch<Tiles>(const float* q, const float* k, int64_t length, int64_t steps,
-                                      Ahead& ahead, float* scores, float* top) {
+IDC_NOINLINE void score_branch<Tiles, Ahead>(const float* q, const float* k, int64_t length, int64_t steps,
+                                             Ahead& ahead, float* scores, float* top) {
   for (int64_t t = 0; t < length; t += kTile) {
     ahead.step();
     tile_clear<0>();

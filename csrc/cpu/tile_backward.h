@@ -31,6 +31,8 @@ struct Desk {
   float* i;       // rows of one block
   float *p, *ds;  // weights
   float* sharp;   // weights of one block, unscaled softmax
+  float* words;   // weights of one block, pairs
+  float* half;    // rows of one block, 16 bit
 };
 
 IDC_INLINE int64_t most_tokens(const IdAttentionParams& p) {
@@ -40,12 +42,14 @@ IDC_INLINE int64_t most_tokens(const IdAttentionParams& p) {
 }
 
 int64_t scratch_floats(const IdAttentionParams& p) {
-  return (8 * kPanelRows + kRows) * padded(p.head_dim) + (2 * kPanelRows + kRows) * most_tokens(p);
+  const int64_t words = score_rows(most_tokens(p)) * kRows;
+  return (8 * kPanelRows + 2 * kRows) * padded(p.head_dim) + (2 * kPanelRows + kRows) * most_tokens(p) +
+         words;
 }
 
 IDC_INLINE Desk desk_of(const IdAttentionParams& p, float* at) {
   const int64_t width = padded(p.head_dim), rows = kPanelRows * width, weights = kPanelRows * most_tokens(p);
-  float* end = at + 8 * rows + kRows * width;
+  float *tokens = at + 8 * rows + kRows * width, *words = tokens + 2 * weights + kRows * most_tokens(p);
   return Desk{width,
               at,
               at + rows,
@@ -56,9 +60,11 @@ IDC_INLINE Desk desk_of(const IdAttentionParams& p, float* at) {
               at + 6 * rows,
               at + 7 * rows,
               at + 8 * rows,
-              end,
-              end + weights,
-              end + 2 * weights};
+              tokens,
+              tokens + weights,
+              tokens + 2 * weights,
+              words,
+              words + score_rows(most_tokens(p)) * kRows};
 }
 
 // Rows that a panel asks for, some at each product: the next panel's, and its own result's.
@@ -190,12 +196,13 @@ IDC_INLINE float logit_scale(const IdAttentionParams& p) {
 }
 
 // The text's probabilities in one block of rows, before the division.
+template <class Dot>
 IDC_NOINLINE SumOfTwo text_exponentials(const Panel& at, const Keys& keys, int64_t block, float* out) {
   const IdAttentionParams& p = *at.plan.params;
   const TextBias& bias = p.text_bias;
   float top[kRows];
   at.coming.step();
-  dots(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
+  dots<Dot>(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
   float scale = kLog2e * logit_scale(p);
   if (bias.data != nullptr) {
     const int64_t first =
@@ -208,11 +215,12 @@ IDC_NOINLINE SumOfTwo text_exponentials(const Panel& at, const Keys& keys, int64
 
 // Identity j's probabilities in one block, before the division; raw: the unscaled logits, null: not wanted;
 // top: each row's largest of them and of the zero tokens'.
+template <class Dot>
 IDC_NOINLINE SumOfTwo identity_exponentials(const Panel& at, const Keys& keys, int64_t block, float* raw,
                                             float* top, float* out) {
   const IdAttentionParams& p = *at.plan.params;
   at.coming.step();
-  dots(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
+  dots<Dot>(at.q_lanes(block), keys.k_dots, keys.length, p.head_dim, out, top);
   if (raw != nullptr) std::memcpy(raw, out, static_cast<size_t>(keys.length * kRows) * sizeof(float));
   const ShareOptions options{p.head_dim, p.num_zero, p.num_global, nullptr, 0};
   return identity_softmax(out, keys.length, kLog2e * logit_scale(p), top, options, nullptr);
@@ -223,6 +231,15 @@ IDC_INLINE void load_panel(const Panel& at, const HeadTensor& t, float* out) {
   const int64_t bytes = element_bytes(p.dtype), row_bytes = t.stride_row * bytes;
   load_rows(p.dtype, head_start(t, bytes, at.batch, at.head) + at.row * row_bytes, row_bytes, at.valid,
             at.blocks() * kRows, p.head_dim, out);
+}
+
+// The rows of one tensor as operands.
+template <class Dot>
+IDC_INLINE void load_panel(const Panel& at, const HeadTensor& t, float* lanes, float* out) {
+  const IdAttentionParams& p = *at.plan.params;
+  const int64_t bytes = element_bytes(p.dtype), row_bytes = t.stride_row * bytes;
+  const char* rows = head_start(t, bytes, at.batch, at.head) + at.row * row_bytes;
+  load_operand<Dot>(p.dtype, rows, row_bytes, at.valid, at.blocks(), p.head_dim, lanes, out);
 }
 
 IDC_INLINE void store_dq(const Panel& at, const HeadTensor& dq) {

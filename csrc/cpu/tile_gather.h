@@ -62,17 +62,17 @@ IDC_NOINLINE void divide_rows(float* rows, int64_t width, const SumOfTwo& sum) {
   }
 }
 
+template <class Dot>
 IDC_INLINE void gather_panel(const Panel& at, const Keys& text) {
   const IdAttentionParams& p = *at.plan.params;
   const Desk& desk = at.desk;
-  load_panel(at, p.q, desk.q);
+  load_panel<Dot>(at, p.q, desk.q_lanes, desk.q);
   load_panel(at, at.plan.grads->g, desk.g);
   for (int64_t m = 0; m < at.blocks(); ++m) {
-    lanes_of_rows(desk.q + m * kRows * desk.width, p.head_dim, at.q_lanes(m));
-    const SumOfTwo sum = text_exponentials(at, text, m, desk.p);
+    const SumOfTwo sum = text_exponentials<Dot>(at, text, m, desk.p);
     at.coming.step();
-    mix<Sum::kTokens>(
-        {desk.p, 1, 0, text.v_rows, text.length, desk.width, desk.h + m * kRows * desk.width, true});
+    weigh_tokens<Dot>(desk.p, text.v_rows, text.length, desk.width, desk.words,
+                      desk.h + m * kRows * desk.width, true);
     divide_rows(desk.h + m * kRows * desk.width, desk.width, sum);
     for (int j = 0; j < p.num_identities; ++j) gather_identity(at, m, j);
   }
@@ -105,6 +105,7 @@ IDC_INLINE void for_panels(const BackwardPlan& plan, const Desk& desk, int64_t b
   }
 }
 
+template <class Dot>
 void gather(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.params;
   const Desk desk = desk_of(p, scratch);
@@ -113,7 +114,7 @@ void gather(const BackwardPlan& plan, int64_t batch, int64_t segment, int64_t he
                float* sums = plan.sums + at.item * p.num_identities * desk.width;
                for (int64_t d = 0; at.first && d < p.num_identities * desk.width; d += kLanes)
                  store(sums + d, zero());
-               gather_panel(at, keys_of(at, 0));
+               gather_panel<Dot>(at, keys_of(at, 0));
              });
 }
 

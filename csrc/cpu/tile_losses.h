@@ -8,23 +8,22 @@ namespace idcore {
 namespace cpu {
 namespace {
 
+template <class Dot>
 IDC_INLINE void load_queries_of(const Panel& at) {
-  const IdAttentionParams& p = *at.plan.params;
-  load_panel(at, p.q, at.desk.q);
-  for (int64_t m = 0; m < at.blocks(); ++m)
-    lanes_of_rows(at.desk.q + m * kRows * at.desk.width, p.head_dim, at.q_lanes(m));
+  load_panel<Dot>(at, at.plan.params->q, at.desk.q_lanes, at.desk.q);
 }
 
 // Both maps of one block: p of k, r of k_ref.
+template <class Dot>
 IDC_INLINE void both_maps(const Panel& at, const Keys& keys, int64_t block, float* p, float* r) {
   const IdAttentionParams& params = *at.plan.params;
   const float scale = kLog2e * logit_scale(params);
   float top[kRows];
   at.coming.step();
-  dots(at.q_lanes(block), keys.k_dots, keys.length, params.head_dim, p, top);
+  dots<Dot>(at.q_lanes(block), keys.k_dots, keys.length, params.head_dim, p, top);
   normalise(p, keys.length, exponentials(p, keys.length, scale, top), nullptr);
   at.coming.step();
-  dots(at.q_lanes(block), keys.v_dots, keys.length, params.head_dim, r, top);
+  dots<Dot>(at.q_lanes(block), keys.v_dots, keys.length, params.head_dim, r, top);
   normalise(r, keys.length, exponentials(r, keys.length, scale, top), nullptr);
 }
 
@@ -45,6 +44,7 @@ IDC_NOINLINE V weigh_difference(const LossPlan& plan, int64_t batch, int64_t len
   return add(a, b);
 }
 
+template <class Dot>
 void token_loss(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const Desk desk = desk_of(*plan.keys->params, scratch);
   for_panels(*plan.keys, desk, batch, segment, head, nullptr, nullptr, 2 * kPanelBlocks,
@@ -52,35 +52,36 @@ void token_loss(const LossPlan& plan, int64_t batch, int64_t segment, int64_t he
                const Keys keys = keys_of(at, 0);
                float* loss = plan.loss + at.item * kLanes;
                if (at.first) store(loss, zero());
-               load_queries_of(at);
+               load_queries_of<Dot>(at);
                for (int64_t m = 0; m < at.blocks(); ++m) {
-                 both_maps(at, keys, m, desk.p, desk.ds);
+                 both_maps<Dot>(at, keys, m, desk.p, desk.ds);
                  // Rows behind the valid ones are zeros: both their maps are even, so they add nothing.
                  store(loss, add(load(loss), weigh_difference(plan, batch, keys.length, desk.p, desk.ds)));
                }
              });
 }
 
+template <class Dot>
 void token_loss_grad(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const Desk desk = desk_of(*plan.keys->params, scratch);
-  for_panels(
-      *plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 3 * kPanelBlocks + 1, [&](const Panel& at) {
-        const Keys keys = keys_of(at, 0);
-        const int64_t stride = keys.length * kRows, width = desk.width;
-        load_queries_of(at);
-        for (int64_t m = 0; m < at.blocks(); ++m) {
-          float* ds = desk.ds + m * stride;
-          both_maps(at, keys, m, desk.p, ds);
-          weigh_difference(plan, batch, keys.length, desk.p, ds);
-          softmax_grad(desk.p, ds, keys.length, row_means(desk.p, ds, keys.length), plan.factor);
-          at.coming.step();
-          mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, keys.length, width, desk.dq + m * kRows * width, true});
-        }
-        at.coming.step();
-        mix<Sum::kRowsOfBlocks>(
-            {desk.ds, at.blocks(), stride, desk.q, keys.length, width, keys.dk, at.first});
-        store_dq(at, plan.dq);
-      });
+  for_panels(*plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 3 * kPanelBlocks + 1,
+             [&](const Panel& at) {
+               const Keys keys = keys_of(at, 0);
+               const int64_t stride = keys.length * kRows, width = desk.width;
+               load_queries_of<Dot>(at);
+               for (int64_t m = 0; m < at.blocks(); ++m) {
+                 float* ds = desk.ds + m * stride;
+                 both_maps<Dot>(at, keys, m, desk.p, ds);
+                 weigh_difference(plan, batch, keys.length, desk.p, ds);
+                 softmax_grad(desk.p, ds, keys.length, row_means(desk.p, ds, keys.length), plan.factor);
+                 at.coming.step();
+                 weigh_tokens<Dot>(ds, keys.k_rows, keys.length, width, desk.words,
+                                   desk.dq + m * kRows * width, true);
+               }
+               at.coming.step();
+               weigh_rows<Dot>(desk.ds, at.blocks(), desk.q, keys.length, width, keys.dk, at.first);
+               store_dq(at, plan.dq);
+             });
 }
 
 // Behind the desk: the weights and the queries of all rows of an item, and each token's largest logit per
@@ -128,6 +129,7 @@ IDC_NOINLINE void row_softmax(float* scores, int64_t blocks, int64_t length, flo
   }
 }
 
+template <class Dot>
 void semantic(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.keys->params;
   const Desk desk = desk_of(p, scratch);
@@ -137,13 +139,13 @@ void semantic(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head
   int64_t blocks = 0, item = 0;
   for_panels(*plan.keys, desk, batch, segment, head, nullptr, nullptr, kPanelBlocks, [&](const Panel& at) {
     const Keys keys = keys_of(at, 0);
-    load_queries_of(at);
-    std::memcpy(rows + blocks * kRows * desk.width, desk.q,
-                static_cast<size_t>(at.blocks() * kRows * desk.width) * sizeof(float));
+    load_queries_of<Dot>(at);
+    const int64_t block = kRows / Dot::kPerStep * desk.width;
+    std::memcpy(rows + blocks * block, desk.q, static_cast<size_t>(at.blocks() * block) * sizeof(float));
     for (int64_t m = 0; m < at.blocks(); ++m, ++blocks) {
       float *s = scores + blocks * p.lt * kRows, unused[kRows];
       at.coming.step();
-      dots(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, s, unused);
+      dots<Dot>(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, s, unused);
       fill_behind(s, p.lt, at.valid_in(m), -__builtin_inff());
       raise_tops(s, p.lt, blocks == 0, tops);
     }
@@ -151,8 +153,7 @@ void semantic(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head
   });
   row_softmax(scores, blocks, p.lt, kLog2e * logit_scale(p), tops, plan.top + item * p.lt,
               plan.sum + item * p.lt);
-  mix<Sum::kRowsOfBlocks>({scores, blocks, p.lt * kRows, rows, p.lt, desk.width,
-                           plan.keys->dv[0] + item * p.lt * desk.width, true});
+  weigh_rows<Dot>(scores, blocks, rows, p.lt, desk.width, plan.keys->dv[0] + item * p.lt * desk.width, true);
 }
 
 // p becomes P, ds the gradient of the logits, over the rows of one block.
@@ -169,39 +170,49 @@ IDC_NOINLINE void row_softmax_grad(const LossPlan& plan, int64_t first_token, in
   }
 }
 
+template <class Dot>
 void semantic_grad(const LossPlan& plan, int64_t batch, int64_t segment, int64_t head, float* scratch) {
   const IdAttentionParams& p = *plan.keys->params;
   const Desk desk = desk_of(p, scratch);
-  for_panels(
-      *plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 4 * kPanelBlocks + 1, [&](const Panel& at) {
-        const Keys keys = keys_of(at, 0);
-        const int64_t stride = p.lt * kRows, width = desk.width;
-        float unused[kRows];
-        load_queries_of(at);
-        for (int64_t m = 0; m < at.blocks(); ++m) {
-          float *ds = desk.ds + m * stride, *dq = desk.dq + m * kRows * width;
-          at.coming.step();
-          dots(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, desk.p, unused);
-          at.coming.step();
-          dots(at.q_lanes(m), keys.v_dots, p.lt, p.head_dim, ds, unused);
-          row_softmax_grad(plan, (batch * p.heads + head) * p.lt, p.lt, kLog2e * logit_scale(p),
-                           logit_scale(p), desk.p, ds);
-          fill_behind(ds, p.lt, at.valid_in(m), 0.0f);
-          at.coming.step();
-          mix<Sum::kTokens>({desk.p, 1, 0, keys.v_rows, p.lt, width, dq, true});
-          at.coming.step();
-          mix<Sum::kTokens>({ds, 1, 0, keys.k_rows, p.lt, width, dq, false});
-        }
-        at.coming.step();
-        mix<Sum::kRowsOfBlocks>({desk.ds, at.blocks(), stride, desk.q, p.lt, width, keys.dk, at.first});
-        store_dq(at, plan.dq);
-      });
+  for_panels(*plan.keys, desk, batch, segment, head, nullptr, &plan.dq, 4 * kPanelBlocks + 1,
+             [&](const Panel& at) {
+               const Keys keys = keys_of(at, 0);
+               const int64_t stride = p.lt * kRows, width = desk.width;
+               float unused[kRows];
+               load_queries_of<Dot>(at);
+               for (int64_t m = 0; m < at.blocks(); ++m) {
+                 float *ds = desk.ds + m * stride, *dq = desk.dq + m * kRows * width;
+                 at.coming.step();
+                 dots<Dot>(at.q_lanes(m), keys.k_dots, p.lt, p.head_dim, desk.p, unused);
+                 at.coming.step();
+                 dots<Dot>(at.q_lanes(m), keys.v_dots, p.lt, p.head_dim, ds, unused);
+                 row_softmax_grad(plan, (batch * p.heads + head) * p.lt, p.lt, kLog2e * logit_scale(p),
+                                  logit_scale(p), desk.p, ds);
+                 fill_behind(ds, p.lt, at.valid_in(m), 0.0f);
+                 at.coming.step();
+                 weigh_tokens<Dot>(desk.p, keys.v_rows, p.lt, width, desk.words, dq, true);
+                 at.coming.step();
+                 weigh_tokens<Dot>(ds, keys.k_rows, p.lt, width, desk.words, dq, false);
+               }
+               at.coming.step();
+               weigh_rows<Dot>(desk.ds, at.blocks(), desk.q, p.lt, width, keys.dk, at.first);
+               store_dq(at, plan.dq);
+             });
+}
+
+template <class Dot>
+constexpr ItemKernels items() {
+  return ItemKernels{gather<Dot>,          scatter<Dot>,  token_loss<Dot>,
+                     token_loss_grad<Dot>, semantic<Dot>, semantic_grad<Dot>};
 }
 
 constexpr BackwardKernels backward_table() {
-  return BackwardKernels{packed_dots_words, scratch_floats,   pack_twice,      gather,
-                         scatter,           token_loss,       token_loss_grad, semantic,
-                         semantic_grad,     semantic_scratch, store_gradient};
+  BackwardKernels k{
+      packed_dots_words, scratch_floats, semantic_scratch, pack_twice, store_gradient, items<Float32>(), {}};
+#if defined(IDC_PAIRS)
+  k.pairs = items<Pairs>();
+#endif
+  return k;
 }
 
 }  // namespace

@@ -25,11 +25,11 @@ IDC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // How elements reach the 32-bit words that the inner loops multiply. Words: two bf16 elements, unchanged.
 enum class Form { kFloat32, kBFloat16, kFloat16, kWords };
 
-IDC_INLINE Form form_of(const Plan& plan) {
-  if (plan.pairs) return Form::kWords;
-  const DType t = plan.params->dtype;
+IDC_INLINE Form form_of(DType t, bool pairs) {
+  if (pairs) return Form::kWords;
   return t == DType::kFloat32 ? Form::kFloat32 : t == DType::kBFloat16 ? Form::kBFloat16 : Form::kFloat16;
 }
+IDC_INLINE Form form_of(const Plan& plan) { return form_of(plan.params->dtype, plan.pairs); }
 IDC_INLINE int64_t element_bytes(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
 template <Form F>
@@ -43,12 +43,6 @@ IDC_INLINE V load_form(const char* row, int64_t word, int64_t n) {
   }
 }
 
-// Row i of kLanes; rows from `valid` on repeat the last one.
-template <bool kFull>
-IDC_INLINE int64_t row_or_last(int64_t i, int64_t valid) {
-  return kFull ? i : smaller(i, valid - 1);
-}
-
 template <Form F, bool kFull>
 IDC_NOINLINE void transpose_some_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words,
                                       float* out, int64_t ld) {
@@ -57,7 +51,7 @@ IDC_NOINLINE void transpose_some_rows(const char* base, int64_t row_bytes, int64
     V r[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
-      r[i] = load_form<F>(base + row_or_last<kFull>(i, valid) * row_bytes, w, n);
+      r[i] = kFull || i < valid ? load_form<F>(base + i * row_bytes, w, n) : zero();
     transpose(r);
     if (n == kLanes) {
 #pragma GCC unroll 16
@@ -71,8 +65,8 @@ IDC_NOINLINE void transpose_some_rows(const char* base, int64_t row_bytes, int64
   }
 }
 
-// kLanes rows x `words` to out[word * ld + row]. Rows from `valid` on repeat the last one. Each store writes
-// a whole vector, so rows of `out` must be filled in increasing order or be kLanes wide.
+// kLanes rows x `words` to out[word * ld + row]. Rows from `valid` on are zeros and not read. Each store
+// writes a whole vector, so rows of `out` must be filled in increasing order or be kLanes wide.
 template <Form F>
 IDC_INLINE void transpose_rows(const char* base, int64_t row_bytes, int64_t valid, int64_t words, float* out,
                                int64_t ld) {

@@ -12,6 +12,7 @@ namespace {
 
 struct Float32 {
   static constexpr bool kInTiles = false;
+  static constexpr int kPerStep = 1;  // elements that one word of an operand holds
   static IDC_INLINE V multiply_add(V a, V b, V c) { return fma(a, b, c); }
 };
 
@@ -65,8 +66,8 @@ IDC_INLINE void score_group(int64_t n, const float* q, const float* k, int64_t s
 }
 
 // q k^T without any scale, and each row's largest score.
-template <class Dot>
-void score_branch(const float* q, const float* k, int64_t length, int64_t steps, Ahead& ahead, float* scores,
+template <class Dot, class Coming>
+void score_branch(const float* q, const float* k, int64_t length, int64_t steps, Coming& ahead, float* scores,
                   float* top) {
   store(top, all(-__builtin_inff()));
   store(top + kLanes, all(-__builtin_inff()));

@@ -41,7 +41,7 @@ class TokenLoss : Segments {
     {
       const FlushSubnormals flush;
       pack();
-      each_item([&](auto... item) { k_.token_loss(loss_, item...); });
+      each_item([&](auto... item) { kernels().token_loss(loss_, item...); });
     }
     double sum = 0.0;
     for (int64_t i = 0; i < items_ * lanes_; ++i) sum += loss_.loss[i];
@@ -57,7 +57,7 @@ class TokenLoss : Segments {
     {
       const FlushSubnormals flush;
       pack();
-      each_item([&](auto... item) { k_.token_loss_grad(loss_, item...); });
+      each_item([&](auto... item) { kernels().token_loss_grad(loss_, item...); });
       reduce(0, key(0), plan_.dk[0], grads.dk);
     }
   }
@@ -89,7 +89,7 @@ class Semantic : Segments {
     {
       const FlushSubnormals flush;
       pack();
-      each_item([&](auto... item) { k_.semantic(loss_, item...); });
+      each_item([&](auto... item) { kernels().semantic(loss_, item...); });
       combine(to);
     }
   }
@@ -104,7 +104,7 @@ class Semantic : Segments {
     {
       const FlushSubnormals flush;
       pack();
-      each_item([&](auto... item) { k_.semantic_grad(loss_, item...); });
+      each_item([&](auto... item) { kernels().semantic_grad(loss_, item...); });
       reduce(0, key(0), plan_.dk[0], grads.dk);
     }
   }

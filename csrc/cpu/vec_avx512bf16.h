@@ -9,10 +9,14 @@ namespace {
 
 struct Pairs {
   static constexpr bool kInTiles = false;
+  static constexpr int kPerStep = 2;
   static IDC_INLINE V multiply_add(V a, V b, V c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
 };
+
+// Words with two neighbours of `a`, then of `b`, rounded to nearest even.
+IDC_INLINE V narrow_neighbours(V a, V b) { return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(b, a)); }
 
 // Words with `a` in the low and `b` in the high 16 bits, rounded to nearest even.
 IDC_INLINE V narrow_pairs(V a, V b) {

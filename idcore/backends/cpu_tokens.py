@@ -1,4 +1,4 @@
-"""`stage_tokens` on the CPU: the forward copies rows in C++, once each; the backward is that of `reference_tokens`."""
+"""`stage_tokens` on the CPU, in C++: the forward copies rows, once each; the backward adds them up in float32."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from .cpu import _load
-from .reference_tokens import backward
+from .native import DTYPES
 
 NAME = "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-__all__ = ["NAME", "backward", "forward", "why_not"]
 
 
 def why_not(device: str, dtype: torch.dtype) -> list[str]:
@@ -28,6 +26,13 @@ def _strides(t: Tensor) -> tuple[int, ...]:
     return tuple(s * t.element_size() for s in t.stride()[:-1])
 
 
+def _indices(positions: Tensor, stage: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Addresses and strides, 0 where all samples read the same."""
+    per_sample = positions.stride(0) if positions.shape[0] > 1 else 0
+    picked = (0, 0) if stage is None else (stage.data_ptr(), stage.stride(0) if stage.shape[0] > 1 else 0)
+    return (positions.data_ptr(), per_sample, positions.stride(1)), picked
+
+
 def forward(embeddings: Tensor, tokens: Tensor, positions: Tensor, stage: Tensor | None) -> Tensor:
     """As `reference_tokens.forward`."""
     b, length, e = embeddings.shape
@@ -36,11 +41,25 @@ def forward(embeddings: Tensor, tokens: Tensor, positions: Tensor, stage: Tensor
     bank = tokens.to(embeddings.dtype)
     bank = bank if bank.stride(3) == 1 else bank.contiguous()
     out = embeddings.new_empty(b, length, e) if stage is not None else embeddings.new_empty(s, b, length, e)
-    per_sample = positions.stride(0) if positions.shape[0] > 1 else 0
-    picked = (0, 0) if stage is None else (stage.data_ptr(), stage.stride(0) if stage.shape[0] > 1 else 0)
     _load()[0].stage_tokens_cpu(
         (s, b, bt, length, count, e * embeddings.element_size()),
         (rows.data_ptr(), *_strides(rows)), (bank.data_ptr(), *_strides(bank)),
-        (positions.data_ptr(), per_sample, positions.stride(1)), picked, out.data_ptr(),
+        *_indices(positions, stage), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def backward(
+    g: Tensor, tokens: Tensor, positions: Tensor, stage: Tensor | None, *, embeddings: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """As `reference_tokens.backward`; sums are float32, samples in their order."""
+    g = g.contiguous()
+    b, length, e = g.shape[-3:]
+    s, bt, count, _ = tokens.shape
+    wanted = g.new_empty(b, length, e) if embeddings else None
+    bank = torch.empty(tokens.shape, dtype=torch.float32)
+    _load()[0].stage_tokens_cpu_bwd(
+        (DTYPES[g.dtype], s, b, bt, length, count, e), *_indices(positions, stage),
+        g.data_ptr(), 0 if wanted is None else wanted.data_ptr(), bank.data_ptr(),
+    )  # fmt: skip
+    return wanted, bank.to(tokens.dtype)

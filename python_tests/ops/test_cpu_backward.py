@@ -1,5 +1,6 @@
 """Training on the compiled CPU backend: the forward's statistics and the closed-form gradients against float64."""
 
+import itertools
 import math
 
 import pytest
@@ -149,10 +150,11 @@ def test_several_segments_and_any_number_of_threads(isa):
     case = Case("threads", "test", batch=2, heads=3, lq=1300, text_batch=1, li=(32, 4), num_zero=2, mask=True)
     before = torch.get_num_threads()
     try:
-        for merge in ("add", "ortho_v2"):
-            assert_gradients(case.with_(merge=merge))
-            a = normalize(**make_inputs(case.with_(merge=merge)))
-            g, (_, stats) = upstream(case, a), cpu.forward_stats(a)
+        for merge, dtype in itertools.product(("add", "ortho_v2"), ("fp32", "bf16")):
+            one = case.with_(merge=merge, dtype=dtype)
+            assert_gradients(one)
+            a = normalize(**make_inputs(one))
+            g, (_, stats) = upstream(one, a), cpu.forward_stats(a)
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -205,6 +207,43 @@ def test_any_stride_of_the_upstream_gradient(stride):
     want = flat(cpu.backward(a, g.contiguous(), stats))
     other = g.contiguous() if stride == "heads first" else g
     assert all(torch.equal(x, y) for x, y in zip(flat(cpu.backward(a, other, stats)), want, strict=True))
+
+
+@pytest.mark.parametrize("merge", ("add", "ortho", "ortho_v2"))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        dict(lq=257, lt=1, li=(1,), head_dim=2),
+        dict(lq=290, lt=13, li=(3, 15), head_dim=40, mask=True),
+        dict(lq=513, lt=77, li=(5,), head_dim=18, num_zero=3),
+        dict(lq=300, lt=15, li=(7,), head_dim=17),
+    ),
+    ids=lambda c: f"lq{c['lq']}-d{c['head_dim']}",
+)
+def test_pairs_of_odd_numbers(changes, merge, isa):
+    """bf16 operands by twos: one row, token or channel left over; an odd head dim has no pairs."""
+    case = Case("pairs", "test", heads=2, merge=merge, dtype="bf16").with_(**changes)
+    if case.lt > 1 or merge == "add":
+        assert_gradients(case)
+
+
+def test_16_bit_rows_beside_the_call_are_not_read(isa):
+    """Every operand is cut out of a larger tensor of NaN: what is read behind a row or a head would show."""
+
+    def cut(t):
+        wide = torch.full([n + 3 for n in t.shape], float("nan"), dtype=t.dtype)
+        inside = wide[tuple(slice(1, n + 1) for n in t.shape)]
+        return inside.copy_(t)
+
+    case = Case("cut", "test", batch=2, heads=2, lq=289, lt=15, li=(3,), head_dim=22, num_zero=1, dtype="bf16")
+    for merge in ("add", "ortho_v2"):
+        a = normalize(**make_inputs(case.with_(merge=merge)))
+        g = upstream(case, a)
+        want = flat(cpu.backward(a, g, cpu.forward_stats(a)[1]))
+        b = a._replace(q=cut(a.q), k_text=cut(a.k_text), v_text=cut(a.v_text))
+        b = b._replace(k_id=tuple(cut(t) for t in a.k_id), v_id=tuple(cut(t) for t in a.v_id))
+        got = flat(cpu.backward(b, cut(g), cpu.forward_stats(b)[1]))
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_zero_size_calls_have_zero_gradients():

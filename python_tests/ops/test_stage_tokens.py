@@ -8,6 +8,7 @@ import torch
 from idcore.errors import InputError
 from idcore.ops import stage_tokens
 from idcore.ops.stage_tokens import BACKENDS, _load
+from idcore.testing.parity import poisoned_memory
 
 
 def tensors(b=4, length=9, e=6, s=5, bt=2, t=3, dtype=torch.float64):
@@ -87,6 +88,42 @@ def test_strided_inputs_and_one_list_of_positions(backend):
     positions = torch.tensor([7, -1, 0])
     got = stage_tokens(wide[:, :, ::2], turned, positions, backend=backend)
     assert torch.equal(got, by_loop(embeddings.detach(), tokens.detach(), positions[None]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stage", [None, [0, 2, 2, 1]])
+def test_cpu_gradients_are_sums_in_float32_for_any_number_of_threads(stage, dtype, isa):
+    """Rows that no vector divides, more than one thread does alone; what nothing reads gets zeros."""
+    embeddings, tokens, positions = tensors(b=4, length=77, e=331, s=3, bt=2, t=5, dtype=dtype)
+    stages = None if stage is None else torch.tensor(stage)
+    shape = (4, 77, 331) if stages is not None else (3, 4, 77, 331)
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wide = [t.detach().float().requires_grad_() for t in (embeddings, tokens)]
+    out = stage_tokens(*wide, positions, stage=stages, backend="reference")
+    want = torch.autograd.grad(out, wide, g.float())
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with poisoned_memory():
+                out = stage_tokens(embeddings, tokens, positions, stage=stages, backend="cpu")
+                results.append(torch.autograd.grad(out, (embeddings, tokens), g))
+    finally:
+        torch.set_num_threads(before)
+    for found in results:
+        assert all(torch.equal(x, y) for x, y in zip(found, results[0], strict=True))
+    roundoff = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    for x, y in zip(results[0], want, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.float(), y, rtol=roundoff, atol=1e-6)
+
+
+def test_cpu_gradients_of_tokens_alone_and_of_an_expanded_result():
+    embeddings, tokens, positions = tensors(dtype=torch.float32)
+    out = stage_tokens(embeddings.detach(), tokens, positions, backend="cpu")
+    (got,) = torch.autograd.grad(out.sum(), tokens)
+    want = stage_tokens(embeddings.detach(), tokens, positions, backend="reference")
+    assert torch.equal(got, torch.autograd.grad(want.sum(), tokens)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
