@@ -10,9 +10,8 @@ from idcore.backends import cpu, reference_bwd
 from idcore.backends import reference as ref
 from idcore.backends.checks import normalize
 from idcore.ops import id_attention
-from idcore.testing import ODD_CASES, Case, make_inputs, random_case
+from idcore.testing import ODD_CASES, Case, make_inputs, parity, random_case
 from idcore.testing.eager import eager_id_attention
-from idcore.testing.parity import FLOOR
 
 _C = pytest.importorskip("idcore._C", reason="the compiled module is not built: pip install -e .")
 
@@ -109,7 +108,7 @@ def assert_gradients(case, seed=0):
         if name == "dscale":
             size = size + g.double().abs().sum() / case.batch * 0.1
         error, limit = ((t.double() - truth).abs().max() / size for t in (x, y))
-        limit = 3 * limit + FLOOR[case.dtype]
+        limit = 3 * limit + parity.FLOOR[case.dtype]
         assert error <= limit, f"{name}: {error:.3g} above {limit:.3g} in assert_gradients({case!r}, {seed})"
 
 
@@ -152,7 +151,7 @@ def test_several_segments_and_any_number_of_threads(isa):
     try:
         for merge, dtype in itertools.product(("add", "ortho_v2"), ("fp32", "bf16")):
             one = case.with_(merge=merge, dtype=dtype)
-            assert_gradients(one)
+            parity.assert_gradients(one, "cpu")
             a = normalize(**make_inputs(one))
             g, (_, stats) = upstream(one, a), cpu.forward_stats(a)
             results = []
@@ -224,7 +223,7 @@ def test_pairs_of_odd_numbers(changes, merge, isa):
     """bf16 operands by twos: one row, token or channel left over; an odd head dim has no pairs."""
     case = Case("pairs", "test", heads=2, merge=merge, dtype="bf16").with_(**changes)
     if case.lt > 1 or merge == "add":
-        assert_gradients(case)
+        parity.assert_gradients(case, "cpu")
 
 
 def test_16_bit_rows_beside_the_call_are_not_read(isa):
