@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 
 class IdcoreError(Exception):
-    """Base of all errors that idcore raises on purpose."""
+    """Base of all errors that idcore raises on purpose. `said_elsewhere`: another process of the launch prints it."""
+
+    said_elsewhere = False
 
 
 class InputError(IdcoreError, ValueError):
@@ -48,7 +50,8 @@ def told(command: Callable[[], int | None]) -> int:
         return command() or 0
     except IdcoreError as e:
         code = getattr(e, "exit_code", 1)
-        print(str(e) if code > 128 else f"error: {e}", file=sys.stderr, flush=True)
+        if not e.said_elsewhere:
+            print(str(e) if code > 128 else f"error: {e}", file=sys.stderr, flush=True)
         return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)

@@ -192,7 +192,8 @@ class Task(Protocol):
     """One system's training. The loop calls `losses` on micro batches and optimises `module`.
 
     A task may also have `enough(step: int) -> bool`, asked after every validation: True ends the run as if this were
-    its last step.
+    its last step. And `uses_all = True` where each step's loss depends on every parameter of `module`: several
+    processes then need not look for those that were left out, step by step.
     """
 
     name: str

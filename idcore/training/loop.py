@@ -22,6 +22,7 @@ from ..errors import IdcoreError, InputError
 from . import resuming, sharing, state
 from .config import LoopConfig
 from .contract import Batch, Source, Step, Task
+from .launching import make_accelerator
 from .optimise import Average, learning_rate, make_optimiser, set_rate
 from .prefetch import Batches
 from .processes import (
@@ -30,7 +31,8 @@ from .processes import (
     determinism,
     everyone,
     from_first,
-    make_accelerator,
+    of_all,
+    together,
 )
 from .records import Means, Records
 from .resuming import CHECKPOINTS, RESULT
@@ -97,7 +99,7 @@ class Run:
         self.last_losses: dict[str, float] = {}
         self.module = task.module
         state.seed_all(config.seed)
-        self.computation = sharing.wrap(self.module, accelerator, config)
+        self.computation = sharing.wrap(self.module, accelerator, config, getattr(task, "uses_all", False))
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError(f"{task.name}: its module has no parameter that wants a gradient; nothing to train")
@@ -135,8 +137,9 @@ class Run:
         found = resuming.find(self, resume)
         if found is not None:
             resuming.load(self, found, allow_change)
-        if self.first:
-            self.records = Records(self.accelerator, self.out, self.config, self.step, self._plain_settings())
+        with together():
+            if self.first:
+                self.records = Records(self.accelerator, self.out, self.config, self.step, self._plain_settings())
         if found is None:
             self.save()
         else:
@@ -160,10 +163,10 @@ class Run:
             if asked or self.step % c.save_every == 0 or self.step == end:
                 self.save()
             if asked:
-                raise TrainingStopped(
+                raise of_all(TrainingStopped(
                     f"stopped by {signal.Signals(asked).name} after step {self.step} of {c.steps}; saved in "
                     f"{self.checkpoints}, go on with --resume", 128 + asked,
-                )  # fmt: skip
+                ))  # fmt: skip
             self._validate_if_due()
         self.save()
 
@@ -173,7 +176,7 @@ class Run:
             made = self.checkpoints / f"step-{self.step:08d}"
         else:
             made = self.out / RESULT
-            with self._shown():
+            with self._shown(), together():  # nobody goes on to what comes after before the result stands
                 if self.first:
                     self.task.export(made, self._all_facts())
         sharing.unwrap(self.computation)
@@ -186,7 +189,8 @@ class Run:
         rate = learning_rate(self.step, c)
         set_rate(self.optimiser, rate)
         step = Step(c.seed, self.step, c.steps, self.rank, self.world)
-        batches = self.batches.of(self.step)
+        with together():
+            batches = self.batches.of(self.step)
         self.optimiser.zero_grad(set_to_none=True)
         terms, logs = Means(), Means()
         for i, batch in enumerate(batches):
@@ -203,8 +207,9 @@ class Run:
         self.samples += self.global_batch
         self.last_losses = line["terms"]
         line |= {"lr": rate, "grad_norm": norm, "seconds": round(time.perf_counter() - start, 4)}
-        if self.records:
-            self.records.step(self.step, line)
+        with together():
+            if self.records:
+                self.records.step(self.step, line)
 
     def _forward(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, float]]:
         with self.accelerator.autocast():
@@ -250,11 +255,11 @@ class Run:
     def _stop_at_bad(self, what: str, ids: list[str]) -> None:
         samples = f" on samples {', '.join(ids[:8])}" if ids else ""
         last = f"the checkpoint of step {self.saved} in {self.checkpoints} is intact"
-        raise IdcoreError(
+        raise of_all(IdcoreError(
             f"training stopped at step {self.step}: {what}{samples}. Nothing was updated; {last}: resume with a "
             f"lower rate (--resume --set ...lr=... --allow-change lr; now {learning_rate(self.step, self.config):.3g}) "
             f"or without these samples{resuming.where_else(self)}"
-        )
+        ))  # fmt: skip
 
     # -- between steps ----------------------------------------------------------------------------------------------
 
@@ -278,7 +283,7 @@ class Run:
         if not due:
             return
         if from_first(bool(self.records and self.step not in self.records.measures.steps)):
-            with self._shown():
+            with self._shown(), together():
                 if self.first:
                     found = self.task.validate(Step(c.seed, self.step, c.steps, self.rank, self.world))
                     self.records.validation(self.step, found)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,15 @@ def device_of(c: LoopConfig) -> torch.device:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as the launcher says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are, as the launcher says: torchrun, or an MPI in the names that
+    accelerate knows too."""
+    return _said("RANK", 0), _said("WORLD_SIZE", 1)
+
+
+def _said(name: str, otherwise: int) -> int:
+    of_mpi = name.removeprefix("WORLD_")
+    names = (name, f"PMI_{of_mpi}", f"OMPI_COMM_WORLD_{of_mpi}", f"MV2_COMM_WORLD_{of_mpi}")
+    return next((int(os.environ[n]) for n in names if n in os.environ), otherwise)
 
 
 def check_here(c: LoopConfig) -> None:
@@ -49,30 +57,6 @@ def check_here(c: LoopConfig) -> None:
         raise InputError("settings: precision fp16 needs a GPU; on the CPU choose bf16 or no")
     check_trackers(c.trackers)
     optimiser_class(c)
-
-
-def make_accelerator(c: LoopConfig, out: Any) -> Any:
-    """accelerate's view of the processes, with the settings' precision and trackers."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    check_here(c)
-    on_cpu = device_of(c).type == "cpu"
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
-    return Accelerator(
-        mixed_precision=c.precision, cpu=on_cpu, log_with=list(c.trackers) or None, project_dir=str(out),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=_patience()),
-        ],
-    )  # fmt: skip
-
-
-def _patience() -> Any:
-    from datetime import timedelta
-
-    return timedelta(hours=2)  # the others wait while process 0 validates and saves
 
 
 def spawn(work: Callable[..., Any], world: int, *args: Any) -> None:
@@ -97,7 +81,7 @@ def _member(rank: int, work: Callable[..., Any], world: int, port: int, args: tu
     try:
         work(*args)
     except IdcoreError as e:
-        if rank == 0 or not isinstance(e, TrainingStopped):
+        if not e.said_elsewhere:
             print(e, file=sys.stderr, flush=True)
         sys.exit(getattr(e, "exit_code", 1))
 
@@ -145,15 +129,52 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is inside must end well in every process: an error in one of them is raised in all, and printed by the one.
+    Nothing inside may wait for the others."""
+    if not grouped():
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    said = everyone(None if error is None else f"{error}" if isinstance(error, IdcoreError) else repr(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise elsewhere(IdcoreError(f"process {rank}: {text}"))
+
+
+def elsewhere(error: IdcoreError) -> IdcoreError:
+    """The error, marked as one that another process prints."""
+    error.said_elsewhere = True
+    return error
+
+
+def of_all(error: IdcoreError) -> IdcoreError:
+    """An error that every process raises: process 0 prints it."""
+    error.said_elsewhere = grouped() and dist.get_rank() > 0
+    return error
+
+
 def grouped() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class StopSignals:
-    """While open, SIGTERM and the first SIGINT only set `asked`; a second SIGINT interrupts at once."""
+    """While open, SIGTERM and the first SIGINT only set `asked`; a second SIGINT interrupts at once.
+
+    A launcher hands on the SIGINT that its terminal has sent to all: within `ECHO` seconds a second one is the same.
+    """
+
+    ECHO = 2.0
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked, self._since = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -168,8 +189,10 @@ class StopSignals:
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.asked == signal.SIGINT:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self._since + self.ECHO:
+                return
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked, self._since = number, time.monotonic()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IdcoreError, InputError, WeightsError
 from ..results import is_result
 from . import checkpoint, state
-from .processes import everyone, from_first, lock
+from .processes import everyone, from_first, lock, of_all
 from .settings_out import as_dict, differences
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def find(run: Run, resume: bool) -> checkpoint.Checkpoint | None:
             )
     found = from_first(found)
     if isinstance(found, IdcoreError):
-        raise found
+        raise of_all(found)
     return found
 
 
@@ -109,7 +109,7 @@ def save(run: Run) -> None:
             error = e
     error = from_first(error)
     if error is not None:
-        raise error
+        raise of_all(error)
 
 
 def _kept(run: Run) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def _refuse_changes(run: Run, kept: Mapping[str, Any], allow_change: Sequence[st
     if refused:
         lines = "".join(f"\n  {k}: was {old!r}, is {new!r}" for k, (old, new) in refused.items())
         allow = " ".join(f"--allow-change {k}" for k in refused)
-        raise InputError(
+        raise of_all(InputError(
             f"the checkpoint in {run.out} is of a run that differs in what changes its result:{lines}\n"
             f"Resume with what it was, or allow it: {allow}"
-        )
+        ))  # fmt: skip
 
 
 def _covers(allowed: str, key: str) -> bool:

@@ -6,6 +6,7 @@ Only what is trained is wrapped; frozen models stay whole in every process, and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 from .config import LoopConfig
-from .processes import grouped
+from .processes import everyone, grouped, of_all
 
 
 class Computation(nn.Module):
@@ -33,17 +34,47 @@ class Computation(nn.Module):
         return compute()
 
 
-def wrap(module: nn.Module, accelerator: Any, c: LoopConfig) -> nn.Module:
-    """A `Computation` of the module on the accelerator's device, with process 0's weights everywhere."""
+def wrap(module: nn.Module, accelerator: Any, c: LoopConfig, uses_all: bool = False) -> nn.Module:
+    """A `Computation` of the module on the accelerator's device, with process 0's weights everywhere.
+
+    Args:
+        uses_all: each loss depends on every parameter, so that DDP need not look for those that are left out.
+    """
     computation = Computation(module).to(accelerator.device)
     if not grouped():
         return accelerator.prepare_model(computation)
+    _require_same(module)
     with torch.no_grad():
         for tensor in computation.state_dict().values():
             dist.broadcast(tensor, src=0)
     if c.parallel == "ddp":
-        return accelerator.prepare_model(computation)
+        return _copy(computation, accelerator.device, uses_all)
     return _shard(computation, accelerator.device)
+
+
+def _copy(computation: Computation, device: torch.device, uses_all: bool) -> nn.Module:
+    """No buffers are exchanged; accelerate does not know the name that newer versions of PyTorch have for it."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        computation, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=not uses_all,
+        **{buffers: False},
+    )  # fmt: skip
+
+
+def _require_same(module: nn.Module) -> None:
+    """Raise InputError where processes would train modules of different names or sizes: their bases may differ, but not
+    in what the adapter follows from."""
+    sizes = everyone({k: list(v.shape) for k, v in module.state_dict().items()})
+    for rank, theirs in enumerate(sizes):
+        differ = sorted(k for k in {*theirs, *sizes[0]} if theirs.get(k) != sizes[0].get(k))
+        if differ:
+            k = differ[0]
+            raise of_all(InputError(
+                f"process {rank} would train another module than process 0: {k} is {theirs.get(k, 'not there')} and "
+                f"{sizes[0].get(k, 'not there')}, {len(differ)} such; bases of different processes must have the same "
+                "attention layers"
+            ))  # fmt: skip
 
 
 def _shard(computation: Computation, device: torch.device) -> nn.Module:

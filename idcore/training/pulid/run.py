@@ -17,10 +17,12 @@ from ...systems.pulid import PuLID, PuLIDConfig
 from ...workflows import writable_folder
 from ..bases.opening import analyzer_for, face_points, open_base
 from ..contract import Base, Batch, Source
+from ..launching import join
 from ..loop import train
 from ..losses.faces import DetectedFace, FixedFace, Recogniser
 from ..losses.identity import IdentityLoss
-from ..processes import device_of, rank_and_world
+from ..processes import device_of, from_first, of_all, rank_and_world, together
+from ..resuming import begun
 from .config import STAGES, PuLIDTrainConfig
 from .task import PuLIDTask, features_of
 from .validation import Guest, Judge, Validator
@@ -57,25 +59,28 @@ def train_pulid(
     Raises:
         InputError, WeightsError, TrainingStopped: see `loop.train`.
     """
-    stages = sorted(set(stages))
-    out = writable_folder(Path(out))
-    check_stages(config, out, stages, resume)
-    models = Models(config)
-    if hasattr(source, "check_base"):  # prepared data may hold latents of another autoencoder
-        source.check_base(models.base)
-    if getattr(source, "texts", None) is not None:
-        models.base.use_texts(source.texts)
+    stages, out = sorted(set(stages)), Path(out)
+    join(config.loop)
+    with together():
+        writable_folder(out)
+        check_stages(config, out, stages, resume)
+        check_bases(config)
+        models = Models(config)
+        if hasattr(source, "check_base"):  # prepared data may hold latents of another autoencoder
+            source.check_base(models.base)
+        if getattr(source, "texts", None) is not None:
+            models.base.use_texts(source.texts)
     for number in stages:
         folder = out / f"stage{number}"
-        if is_result(folder / RESULT):
+        if from_first(is_result(folder / RESULT)):
             say(f"stage {number} is done ({folder / RESULT})")
             continue
         made = _train_stage(models, config, source, out, number, resume, allow_change, say)
-        if not is_result(made):
+        if made.name != RESULT:
             return made
-    last = out / f"stage{stages[-1]}" / RESULT
-    if rank_and_world()[0] == 0:
-        _publish(last, out / RESULT)
+    with together():
+        if rank_and_world()[0] == 0:
+            _publish(out / f"stage{stages[-1]}" / RESULT, out / RESULT)
     return out / RESULT
 
 
@@ -84,12 +89,12 @@ def _train_stage(
     allow_change: Sequence[str], say: Say,
 ) -> Path:  # fmt: skip
     folder, loop = out / f"stage{number}", config.loop_of(number)
-    going_on = resume and any(folder.glob("checkpoints/step-*"))
-    start = start_weights(config, out, number)
-    begun = "going on" if going_on else f"from {start}" if start else "from new weights"
-    say(f"stage {number}: {loop.steps} steps, {begun}")
-    system = models.system(start)
-    task = models.task(system, number, source)
+    going_on = from_first(resume and begun(folder))
+    with together():
+        start = start_weights(config, out, number)
+        begins = "going on" if going_on else f"from {start}" if start else "from new weights"
+        say(f"stage {number}: {loop.steps} steps, {begins}")
+        task = models.task(models.system(start), number, source)
     facts = {"stage": number, "start": str(start) if start else "new weights"}
     try:
         return train(
@@ -115,6 +120,17 @@ def check_stages(config: PuLIDTrainConfig, out: Path, stages: Sequence[int], res
                     f"stage {number} begins with the weights of stage {number - 1}, which --stage leaves out"
                 )
             start_weights(config, out, number)
+
+
+def check_bases(config: PuLIDTrainConfig) -> None:
+    """Raise InputError for bases that no process would train on."""
+    world = rank_and_world()[1]
+    if len(config.bases) > world:
+        raise of_all(InputError(
+            f"settings: model.base and model.others are {len(config.bases)} models, one for each process, and "
+            f"{'one process runs' if world == 1 else f'{world} processes run'}: start at least {len(config.bases)} "
+            "(torchrun --nproc-per-node), or name fewer"
+        ))  # fmt: skip
 
 
 def start_weights(config: PuLIDTrainConfig, out: Path, number: int) -> Path | None:

@@ -41,6 +41,7 @@ class PuLIDTask:
     """
 
     name = "pulid"
+    uses_all = True
 
     def __init__(
         self,
