@@ -72,11 +72,12 @@ def run_training(
     for option, value in (("--out FOLDER", arguments.out), *needed):
         if value is None or value == () or value == []:
             raise InputError(f"train {command}: {option} is missing; see idcore train {command} --help")
-    from .launching import leave
+    from .launching import join, leave
     from .processes import check_here
 
     if hasattr(settings, "loop"):
         check_here(settings.loop)
+        join(settings.loop)
     made = train(settings, arguments.out)
     leave()
     used = f"{made}: use it with `{use.format(made=made)}`" if use else f"{made}: done"

@@ -141,18 +141,17 @@ def together() -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    said = everyone(None if error is None else f"{error}" if isinstance(error, IdcoreError) else repr(error))
+    mine = None if error is None else str(error) if isinstance(error, IdcoreError) else repr(error)
+    said = everyone(mine)
+    if isinstance(error, IdcoreError):
+        error.said_elsewhere = mine in said[: dist.get_rank()]
     if error is not None:
         raise error
     for rank, text in enumerate(said):
         if text is not None:
-            raise elsewhere(IdcoreError(f"process {rank}: {text}"))
-
-
-def elsewhere(error: IdcoreError) -> IdcoreError:
-    """The error, marked as one that another process prints."""
-    error.said_elsewhere = True
-    return error
+            other = IdcoreError(f"process {rank}: {text}")
+            other.said_elsewhere = True
+            raise other
 
 
 def of_all(error: IdcoreError) -> IdcoreError:

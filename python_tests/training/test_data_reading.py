@@ -13,6 +13,7 @@ from data_cases import RedFaces, folder, picture
 from PIL import Image
 
 from idcore.errors import InputError
+from idcore.training.data import reading
 from idcore.training.data.options import PrepareConfig
 from idcore.training.data.prepare import prepare
 from idcore.training.data.reading import read_bytes, scan
@@ -232,6 +233,9 @@ def test_no_data(tmp_path):
     (tmp_path / "x.png").write_bytes(b"1234")
     with pytest.raises(InputError, match="is cut off: wanted 10 bytes from 2 on, got 2"):
         read_bytes(tmp_path, "x.png", 2, 10)
+    for read in (reading._metadata, lambda path: list(reading._shard(tmp_path, path))):  # gone since it was listed
+        with pytest.raises(InputError, match="gone cannot be read: .*No such file"):
+            read(tmp_path / "gone")
     os.truncate(tmp_path / "x.png", (1 << 29) + 1)
     with pytest.raises(InputError, match="has 536,870,913 bytes; at most 536,870,912 are read as a picture"):
         read_bytes(tmp_path, "x.png", None, None)

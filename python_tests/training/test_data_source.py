@@ -186,6 +186,11 @@ def test_latents_after_an_interruption_and_a_new_picture(tmp_path):
         PreparedSource(out)
     assert 0 < cache_latents(out, Halves(), progress=False) < 8
     assert len(PreparedSource(out)) == 8
+    picture(5).save(tmp_path / "data" / "new.png")
+    (out / "latents" / f"{PreparedSource(out).records[0].chunk}.safetensors").unlink()
+    with pytest.raises(InputError, match="new.png .new.png. has changed since it was prepared; run `idcore prepare`"):
+        cache_latents(out, Halves(), progress=False)
+    picture(77).save(tmp_path / "data" / "new.png")
     with pytest.raises(Exception, match="gave NaN or infinity for .*; encode in float32"):
         (out / "latents.json").unlink()
         [p.unlink() for p in (out / "latents").iterdir()]
@@ -197,7 +202,7 @@ def test_other_resolution_and_moved_pictures(tmp_path):
     (b,) = PreparedSource(out, SourceConfig(resolution=32)).micro_batches(0, 0, 0, 1, 2, 1)
     assert b.pixels.shape == (2, 3, 32, 32)
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="data/p00.*cannot be read: No such file"):
+    with pytest.raises(InputError, match="data/p00.*cannot be read: No such file.*Run `idcore prepare` again"):
         next(PreparedSource(out).micro_batches(0, 0, 0, 1, 2, 1))
     moved = PreparedSource(out, data=tmp_path / "moved")
     next(moved.micro_batches(0, 0, 0, 1, 2, 1))

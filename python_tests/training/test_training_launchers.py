@@ -102,9 +102,11 @@ def test_all_stages_under_torchrun(data, alone, tmp_path):
     assert json.loads((out / "model" / "result.json").read_text())["stage"] == 3
 
 
-def test_shards_train_as_one(launch, alone, tmp_path):
-    codes, texts = launch(tmp_path / "run", loop__parallel="fsdp")
+def test_shards_train_as_one(launch, data, alone, tmp_path):
+    """From pictures that one of the processes prepares first."""
+    codes, texts = launch(tmp_path / "run", data=data.parent / "drawn", loop__parallel="fsdp")
     assert codes == [0, 0], texts
+    assert texts[0].count("kept ") == 1 and "kept " not in texts[1]
     equal(alone, tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,6 +117,16 @@ def _stands(folder: Path, name: str, rows: list[Record]) -> bool:
     return {str(r.row) for r in rows} <= set(check_container(path, "latents")[0])
 
 
+def _content(root: Path, record: Record) -> bytes:
+    """A picture's file. Raises InputError where it is not the one whose face was read."""
+    content = read_bytes(root, record.file, record.offset, record.length)
+    if f"sha256:{hashlib.sha256(content).hexdigest()}" != record.hash:
+        raise InputError(
+            f"{root / record.file} ({record.id}) has changed since it was prepared; run `idcore prepare` again"
+        )
+    return content
+
+
 def _encode(root: Path, rows: list[Record], base: Base, batch: int, settings: dict[str, Any]) -> dict[str, Tensor]:
     from .source import pixels_of
 
@@ -125,7 +136,7 @@ def _encode(root: Path, rows: list[Record], base: Base, batch: int, settings: di
         mine = [r for r in rows if tuple(r.bucket) == bucket]
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
-            contents = [read_bytes(root, r.file, r.offset, r.length) for r in part]
+            contents = [_content(root, r) for r in part]
             pictures = [load_image(c, max_pixels=settings["max_pixels"]) for c in contents]
             crops = [crop_for(tuple(r.size), bucket, r.box) for r in part]
             pixels = torch.stack([pixels_of(p, c) for p, c in zip(pictures, crops)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ..commands import Say
-from ..processes import rank_and_world
+from ..processes import grouped, rank_and_world, together
 from .faces import FaceSetup
 from .options import PrepareConfig
 from .prepare import prepare
@@ -27,13 +27,16 @@ def prepared_folder(data: Path, out: Path, config: PrepareConfig, setup: FaceSet
         workers: processes of the preparation.
 
     Raises:
-        InputError: no data, or pictures in a run of several processes.
+        InputError: no data, or pictures in a run of several processes that have not come together (`launching.join`).
     """
     if (data / "manifest.json").is_file():
         return data
-    if rank_and_world()[1] > 1:
+    rank, world = rank_and_world()
+    if world > 1 and not grouped():
         raise InputError(
             f"{data} is not prepared, and several processes would prepare it at once; run idcore prepare first"
         )
-    say(prepare(data, out / PREPARED, config, setup, workers=workers).table())
+    with together():
+        if rank == 0:
+            say(prepare(data, out / PREPARED, config, setup, workers=workers).table())
     return out / PREPARED

@@ -181,7 +181,10 @@ _read: dict[tuple[str, int, int], dict] = {}
 
 def _metadata(path: Path) -> dict[str, tuple[str | None, Any]]:
     """File name -> (caption, problem), of a metadata.jsonl or .csv as diffusers' and Hugging Face's folders have it."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror or e}; has it been moved meanwhile? Run it again") from e
     key = (str(path), stat.st_size, stat.st_mtime_ns)
     if key in _read:
         return _read[key]
@@ -225,11 +228,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 def _shard(root: Path, path: Path) -> Iterator[Entry]:
     """Pictures of a WebDataset shard: files of one name up to its first dot belong together."""
     file = path.relative_to(root).as_posix()
-    stat = path.stat()
     pictures: list[tuple[str, tarfile.TarInfo]] = []
     texts: dict[str, str | None] = {}
     problems: list[Entry] = []
     try:
+        stat = path.stat()
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 head, _, name = member.name.rpartition("/")

@@ -167,8 +167,7 @@ class PreparedSource:
         if self.latents is not None:
             out["latents"] = self.caches.latent(record)
         else:
-            content = read_bytes(self.root, record.file, record.offset, record.length)
-            self._verify(record, content)
+            content = self._content(record)
             out["pixels"] = pixels_of(load_image(content, max_pixels=self.settings["max_pixels"]), crop)
         return out
 
@@ -180,11 +179,17 @@ class PreparedSource:
         mode, flip = self.config.crop, where[2] < self.config.flip
         return crop_for(record.size, bucket, record.box, (where[0], where[1]), mode=mode, flip=flip)
 
-    def _verify(self, record: Record, content: bytes) -> None:
+    def _content(self, record: Record) -> bytes:
+        """A picture's file, as it was prepared."""
+        try:
+            content = read_bytes(self.root, record.file, record.offset, record.length)
+        except InputError as e:
+            raise InputError(f"{e}; was the data moved or changed? Run `idcore prepare` again") from e
         if self.config.verify and f"sha256:{hashlib.sha256(content).hexdigest()}" != record.hash:
             raise InputError(
                 f"{self.root / record.file} ({record.id}) has changed since it was prepared; run `idcore prepare` again"
             )
+        return content
 
 
 def pixels_of(picture: Image.Image, crop: Crop) -> Tensor:

@@ -32,10 +32,12 @@ def run_command(
     stages, settings = parse_stages(stage), load_config(config, changes, base)
 
     def train(settings: PuLIDTrainConfig, folder: Path) -> Path:
+        from ..processes import together
         from .data import open_data
         from .run import check_stages, train_pulid
 
-        check_stages(settings, folder, stages, resume)  # before pictures are prepared and models loaded
+        with together():
+            check_stages(settings, folder, stages, resume)  # before pictures are prepared and models loaded
         source = open_data(data, folder, settings, given.say)
         return train_pulid(
             settings, source, folder, stages=stages, resume=resume, allow_change=allow_change, say=given.say
