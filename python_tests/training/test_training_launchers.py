@@ -1,6 +1,7 @@
 """`idcore train pulid` by several processes: as by one, under torchrun, through signals, kills and errors of one."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -125,6 +126,25 @@ def test_what_happens_to_one_happens_to_all(launch, alone, tmp_path):
     codes, texts = launch(out, resume=True, **how)
     assert codes == [0, 0] and "going on from step 2" in texts[0], texts
     equal(alone, out, stages=(1,))
+
+
+def test_options_together_and_a_kill(launch, alone, tmp_path):
+    """Min-SNR, bfloat16, accumulation, recomputed activations, an average: used at once, and resumed exactly."""
+    how = {
+        "world": 1, "stage": "1,2", "stage1__steps": 2, "loop__save_every": 1, "loop__accumulate": 2,
+        "loop__precision": "bf16", "loop__gradient_checkpointing": "true", "loss__min_snr": 5.0, "loop__ema": 0.9,
+    }  # fmt: skip
+    codes, texts = launch(tmp_path / "whole", **how)
+    assert codes == [0], texts
+    assert launch(tmp_path / "parts", happens=(0, "kill", 1), **how)[0] == [-signal.SIGKILL]
+    codes, texts = launch(tmp_path / "parts", resume=True, **how)
+    assert codes == [0] and "going on from step 1" in texts[0], texts
+    equal(tmp_path / "whole", tmp_path / "parts", stages=(1, 2), tolerance=1e-12)
+    found, plain = ([x["terms"]["diffusion"] for x in lines(out, 1)] for out in (tmp_path / "whole", alone))
+    assert all(map(math.isfinite, found)) and found[0] != pytest.approx(plain[0], rel=1e-3)
+    files = [p / "stage2" / "checkpoints" / "step-00000001" for p in (tmp_path / "whole", tmp_path / "parts")]
+    for name in ("module", "average", "optimiser"):
+        assert (files[0] / f"{name}.safetensors").read_bytes() == (files[1] / f"{name}.safetensors").read_bytes()
 
 
 def test_bases_that_do_not_go_together(launch, tmp_path):
