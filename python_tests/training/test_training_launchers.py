@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from pathlib import Path
 import launch_cases
 import pytest
 from launch_cases import arguments
+from safetensors.torch import load_file, save_file
 
 from idcore.errors import InputError
+from idcore.files import file_hash
+from idcore.sampling.tiny_pipeline import PACKAGE_FOLDER
 from idcore.training import checkpoint, launching
 from idcore.training.config import LoopConfig
 from idcore.training.data.faces import Faces
@@ -44,7 +48,7 @@ def launch(start, data):
         mine = [happens[1:] if happens and happens[0] == r else () for r in range(world)]
         members = [start(launch_cases.member, r, world, port, str(out), line, mine[r]) for r in range(world)]
         for process in members:
-            process.join(150)
+            process.join(600)
             if process.exitcode is None:
                 [p.kill() for p in members]
         return [p.exitcode for p in members], launch_cases.said(out, world)
@@ -75,7 +79,7 @@ def alone(start, data, tmp_path_factory):
     """One process with two micro batches, where others have two processes."""
     out = tmp_path_factory.mktemp("alone") / "run"
     process = start(launch_cases.member, 0, 1, 0, str(out), arguments(data, out, loop__accumulate=2))
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0, launch_cases.said(out, 1)
     return out
 
@@ -95,7 +99,7 @@ def test_all_stages_under_torchrun(data, alone, tmp_path):
     """The second stage begins with the first one's result, which process 0 writes and both read."""
     out = tmp_path / "run"
     line = [*torchrun("-m", "idcore.cli"), *arguments(data, out)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{out / 'model'}\n"
     assert "Warning" not in done.stderr and done.stderr.count("stage 2: 1 steps") == 1
@@ -126,6 +130,37 @@ def test_what_happens_to_one_happens_to_all(launch, alone, tmp_path):
     codes, texts = launch(out, resume=True, **how)
     assert codes == [0, 0] and "going on from step 2" in texts[0], texts
     equal(alone, out, stages=(1,))
+
+
+@pytest.mark.nightly
+def test_twenty_steps_of_every_stage(launch, tmp_path):
+    steps = {f"stage{n}__steps": 20 for n in (1, 2, 3)}
+    codes, texts = launch(tmp_path / "one", world=1, loop__accumulate=2, **steps)
+    assert codes == [0], texts
+    for parallel in ("ddp", "fsdp"):
+        codes, texts = launch(tmp_path / parallel, loop__parallel=parallel, **steps)
+        assert codes == [0, 0], texts
+        equal(tmp_path / "one", tmp_path / parallel)
+
+
+@pytest.mark.nightly
+def test_each_process_trains_on_its_own_base(launch, tmp_path):
+    """Losses of the bases A, B in both orders add up to those of A alone and B alone."""
+    other = tmp_path / "B"
+    shutil.copytree(PACKAGE_FOLDER, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({k: 1.01 * v if v.is_floating_point() else v for k, v in tensors.items()}, other / "model.safetensors")
+    said = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(said | {"sha256": file_hash(other / "model.safetensors")[7:]}))
+    tiny = {"model__dtype": "float32", "model__resolution": 64, "face__features": "tiny-pulid", "encoder__init": "zero"}
+    models, found = {"A": "tiny", "B": str(other)}, {}
+    for name in ("AA", "BB", "AB", "BA"):
+        how = {"base": models[name[0]], "stage": "1", "stage1__steps": 1, "model__others": models[name[1]]}
+        codes, texts = launch(tmp_path / name, **how, **tiny)
+        assert codes == [0, 0], texts
+        found[name] = lines(tmp_path / name, 1)[0]["loss"]
+    assert found["AB"] + found["BA"] == pytest.approx(found["AA"] + found["BB"], rel=1e-6)
+    assert len({round(v, 7) for v in found.values()}) == 4
 
 
 def test_options_together_and_a_kill(launch, alone, tmp_path):
