@@ -137,6 +137,8 @@ class Service:
             if not done.done():
                 raise Stopped
             return ticket, done.result()
+        except asyncio.CancelledError:  # the grace of a shutdown is over
+            raise Stopped from None
         finally:
             self.batcher.abandon(ticket)
             left.cancel()

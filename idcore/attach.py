@@ -43,8 +43,9 @@ def attach(
     Every cross-attention layer that the system names gets a processor that adds the identity to the text
     attention through one `idcore.ops.id_attention` call. LoRA and IP-Adapter may be loaded before or after.
     Several attaches on one UNet add up, each relative to the text attention, and may be detached in any order.
-    Either everything is attached or, with an exception, nothing. One UNet must not be attached, detached or
-    changed while another thread runs it; different UNets are independent.
+    Either everything is attached or, with an exception, nothing. Several threads may run one UNet at once, each by
+    a pipeline of its own (`from_pipe`, and a scheduler of its own), but must not attach, detach or change it
+    meanwhile; a compiled UNet serves one thread at a time.
 
     Args:
         pipe_or_unet: A pipeline with a `unet` (SD 1.x, SD 2.x, SDXL and their img2img, inpaint, ControlNet forms),

@@ -4,6 +4,7 @@
 run both ways.
 """
 
+import contextlib
 import copy
 import sys
 import types
@@ -60,9 +61,11 @@ class Patcher:
     def __init__(self, layout):
         self.model = SimpleNamespace(diffusion_model=layout)
         self.model_options = {"transformer_options": {}}
+        self.loras = []  # (tensors under kohya's names, strength)
 
     def clone(self):
         other = Patcher(self.model.diffusion_model)
+        other.loras = list(self.loras)
         other.model_options = copy.deepcopy(self.model_options)
         return other
 
@@ -94,10 +97,41 @@ class Host:
             processors[site.name] = _HostAttention(place_of(self.unet, site.path), replaced, options)
         self.unet.set_attn_processor(processors)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _with_loras(self.unet, patcher.loras):
                 return self.unet(**inputs).sample.clone()
         finally:
             self.unet.set_attn_processor(dict(before))
+
+
+def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
+    """ComfyUI's: keys of the original layout under kohya's names, what it does not know is left out with a warning."""
+    model = model.clone()
+    model.loras.append((lora, strength_model))
+    return model, clip
+
+
+@contextlib.contextmanager
+def _with_loras(unet, loras):
+    """Weights with the LoRAs in them; names are read by the places of the host's own layers."""
+    paths = {}
+    for name in unet.attn_processors:
+        path = name.removesuffix(".processor")
+        side, block, index = place_of(unet, path.replace("attn1", "attn2"))
+        head = "middle_block.1" if side == "middle" else f"{side}_blocks.{block}.1"
+        original = f"{head}.transformer_blocks.{index}.{path[-5:]}"
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            paths[f"lora_unet_{original}.{part}".replace(".", "_")] = f"{path}.{part}"
+    changed = []
+    for lora, strength in loras:
+        for key in [k for k in lora if k.endswith(".lora_up.weight")]:
+            weight = unet.get_submodule(paths[key.split(".")[0]]).weight
+            changed.append((weight, weight.data.clone()))
+            weight.data += strength * lora[key] @ lora[key.replace("lora_up", "lora_down")]
+    try:
+        yield
+    finally:
+        for weight, before in reversed(changed):
+            weight.data.copy_(before)
 
 
 class _HostAttention:
@@ -153,7 +187,7 @@ class ComfyExtension:
 def install(monkeypatch, folder):
     """Put the stubs where `import` finds them; model and output files are in `folder`."""
     names = {"Model": "MODEL", "Image": "IMAGE", "Mask": "MASK", "Float": "FLOAT", "Boolean": "BOOLEAN"}
-    names |= {"String": "STRING", "Combo": "COMBO", "Int": "INT"}
+    names |= {"String": "STRING", "Combo": "COMBO", "Int": "INT", "Conditioning": "CONDITIONING"}
     io = SimpleNamespace(
         Schema=Schema, NodeOutput=NodeOutput, ComfyNode=type("ComfyNode", (), {}), Custom=_io_type,
         **{name: _io_type(kind) for name, kind in names.items()},
@@ -167,8 +201,10 @@ def install(monkeypatch, folder):
         str(folder / "models" / name / file) if (folder / "models" / name / file).is_file() else None
     )
     paths.get_output_directory = lambda: str(folder / "output")
-    for name in ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention", "comfy_api"):
+    for name in ("comfy", "comfy.sd", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention", "comfy_api"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["comfy"].sd = sys.modules["comfy.sd"]
+    sys.modules["comfy.sd"].load_lora_for_models = load_lora_for_models
     sys.modules["comfy.ldm.modules.attention"].optimized_attention = optimized_attention
     latest = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, ComfyExtension

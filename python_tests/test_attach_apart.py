@@ -2,20 +2,21 @@
 
 import gc
 import importlib
+import pickle
 import sys
 import threading
 import weakref
 
 import pytest
 import torch
-from attach_cases import run, tiny_setup
+from attach_cases import generate, run, tiny_setup
 from naive_attention import one_thread  # noqa: F401
 from torch import nn
 
 import idcore
 from idcore.attention.stack import IdStack
 from idcore.systems.base import AttentionOptions
-from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_unet
+from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -57,6 +58,41 @@ def test_one_unet_in_two_threads_with_two_sizes(setup):
         [t.start() for t in threads]
         [t.join() for t in threads]
     assert all(len(r) == 8 and all(torch.allclose(x, serial[i], atol=1e-6) for x in r) for i, r in enumerate(results))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("how", [{}, {"id_schedule": [1.0, 0.2, 0.6]}])
+def test_another_thread_runs_the_unet_between_two_layers(how, silent):
+    """With another guidance and other timesteps, in the middle of each pass."""
+    mine = tiny_pipeline("sd")
+    theirs = tiny_pipeline("sd", unet=mine.unet)
+    system = TinySystem(mine.unet, options=AttentionOptions("ortho_v2", 3, 2))
+    made = []
+
+    def beside(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: made.append(generate(theirs, guidance=1.0, n=2, seeds=(1, 2))))
+            thread.start()
+            thread.join()
+
+    with idcore.attach(mine, system, system.identity(uncond=not silent), **how):
+        alone, want = generate(mine, n=2, seeds=(3, 4)), generate(theirs, guidance=1.0, n=2, seeds=(1, 2))
+        hook = mine.unet.mid_block.register_forward_pre_hook(beside)
+        assert torch.equal(generate(mine, n=2, seeds=(3, 4)), alone)
+        hook.remove()
+    assert len(made) == 2 and all(torch.equal(m, want) for m in made)
+
+
+def test_an_attached_unet_can_be_pickled():
+    pipe = tiny_pipeline("sd")
+    system = TinySystem(pipe.unet)
+    inputs = tiny_inputs("sd")
+    plain = run(pipe.unet, inputs)
+    for cfg in ("auto", True):
+        with idcore.attach(pipe, system, system.identity(), cfg=cfg, id_guidance_end=0.5):
+            pipe.unet(**inputs) if cfg is True else generate(pipe)
+            copy = pickle.loads(pickle.dumps(pipe.unet))
+        assert idcore.detach(copy) == 1 and torch.equal(run(copy, inputs), plain)
 
 
 def test_nothing_stays_in_memory(setup):

@@ -157,6 +157,25 @@ def test_pipelines_that_do_not_tell_their_batches():
     idcore.attach(pipe, system, system.identity(), cfg=("cond", "uncond", "uncond")).detach()
 
 
+def test_a_pipeline_that_does_not_tell_the_truth():
+    from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
+
+    pipe = tiny_pipeline("sd", cls=StableDiffusionPanoramaPipeline, scheduler=DDIMScheduler())
+    system = TinySystem(pipe.unet)
+    person = system.identity(uncond=False)
+
+    def draw(width):
+        return pipe("a dog", height=128, width=width, num_inference_steps=1, guidance_scale=4.0, output_type="latent",
+                    generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+
+    with pytest.raises(InputError, match="PanoramaPipeline does not tell how its batches are made; give cfg=True"):
+        idcore.attach(pipe, system, person)
+    with idcore.attach(pipe, system, person, cfg=True):
+        joined = draw(128)
+    with idcore.attach(pipe, system, person, cfg=False):
+        differ(joined, draw(128))
+
+
 def test_perturbed_attention_guidance():
     from diffusers import StableDiffusionXLPAGPipeline
 

@@ -28,6 +28,8 @@ from idcore.testing.tiny_models import TinySystem, tiny_inputs, tiny_unet
 EXAMPLES = Path(__file__).parent.parent / "examples"
 V2 = AttentionOptions("ortho_v2", 4, 3)
 
+PACK = ("comfyui", "comfyui.common", "comfyui.adapters", "comfyui.nodes")
+
 
 @pytest.fixture
 def nodes(monkeypatch, tmp_path):
@@ -35,10 +37,10 @@ def nodes(monkeypatch, tmp_path):
         (tmp_path / name).mkdir(parents=True)
     comfy_stubs.install(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in ("comfyui", "comfyui.nodes"):
+    for name in PACK:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("comfyui.nodes")
-    for name in ("comfyui", "comfyui.nodes"):
+    for name in PACK:
         sys.modules.pop(name, None)
 
 
@@ -231,9 +233,9 @@ def test_copies_share_and_moves_forget(nodes, host):
 def test_entrypoint_and_schemas(nodes):
     extension = asyncio.run(sys.modules["comfyui"].comfy_entrypoint())
     found = asyncio.run(extension.get_node_list())
-    assert len(found) == 6
+    assert len(found) == 9
     schemas = [node.define_schema() for node in found]
-    assert len({s.node_id for s in schemas}) == 6
+    assert len({s.node_id for s in schemas}) == 9
     for node, schema in zip(found, schemas):
         takes = inspect.signature(node.execute).parameters
         assert set(takes) == {i.id for i in schema.inputs}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import numpy as np
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import ComfyExtension, io
 
@@ -20,11 +19,11 @@ from idcore.systems.layers import fitting_sites
 from idcore.systems.loading import SYSTEMS, load_system
 from idcore.workflows import chosen_files
 
+from .adapters import ApplyLora, IdentityToControlNet, Keypoints
+from .common import CATEGORY, Person, System, photos_of
+
 FOLDER = "idcore"  # under ComfyUI's models
 FILE, NONE = "a file", "none"
-CATEGORY = "idcore"
-System = io.Custom("IDCORE_SYSTEM")
-Person = io.Custom("IDCORE_IDENTITY")
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
@@ -90,8 +89,7 @@ class EncodeIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, system: Any, image: Any) -> Any:
-        photos = [np.asarray(photo[..., :3].cpu() * 255 + 0.5).clip(0, 255).astype(np.uint8) for photo in image]
-        return io.NodeOutput(system.encode(photos))
+        return io.NodeOutput(system.encode(photos_of(image)))
 
 
 class LoadIdentity(io.ComfyNode):
@@ -242,4 +240,5 @@ class IdcoreExtension(ComfyExtension):
     """The pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadSystem, EncodeIdentity, LoadIdentity, SaveIdentity, ApplyIdentity, RemoveIdentities]
+        files = [LoadSystem, EncodeIdentity, LoadIdentity, SaveIdentity]
+        return [*files, ApplyLora, ApplyIdentity, IdentityToControlNet, Keypoints, RemoveIdentities]

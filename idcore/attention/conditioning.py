@@ -12,6 +12,7 @@ from ..errors import InputError
 from .guidance import HALVES
 from .kv_bank import KvBank, normal_mode
 from .masks import PeopleMasks, read_masks
+from .per_thread import PerThread
 from .running import Running
 from .scales import expand
 from .schedule import StepSchedule
@@ -57,8 +58,9 @@ class Conditioning:
         self.as_data = False  # scales as tensors in eager calls too: for a loop that is recorded
         self.plan: StepSchedule | None = None
         self.plan_spec: tuple[Any, Any, Any, Any] | None = None
-        self._factors: tuple[float, ...] | None = None  # of the step, where the CPU knows them
-        self._gain: Tensor | None = None  # of the step, float32 [n]
+        # Of the step: factors where the CPU knows them, or None, and the same as float32 [n].
+        self._step = PerThread()
+        self._gain: Tensor | None = None  # the latter of the latest pass, for graphs that are compiled
         self.set_scale(1.0)
         self.set_masks(None)
 
@@ -94,7 +96,8 @@ class Conditioning:
             plan = None if self.plan_spec is None else StepSchedule(*self.plan_spec, count)
             self.floats, self.tensor = self._expanded(self.spec, count)
             self.masks = PeopleMasks((None,) * count)
-            self._base = self._table = self._gain = self._factors = None
+            self._base = self._table = None
+            self._begin_anew()
             self.plan = plan
         self.bank = bank
 
@@ -113,7 +116,7 @@ class Conditioning:
         if plan.always and not self.as_data:
             spec = plan = None
         self.plan, self.plan_spec = plan, spec
-        self._gain = self._factors = None
+        self._begin_anew()
         self._write_table()
 
     def set_masks(self, masks: Any) -> None:
@@ -127,7 +130,8 @@ class Conditioning:
         attached."""
         if self.as_data:
             return False
-        if self._factors is not None and not any(self._factors):
+        factors = self._factors()
+        if factors is not None and not any(factors):
             return True
         return self.floats is not None and not any(self._floats_now(name))
 
@@ -224,7 +228,7 @@ class Conditioning:
         if self.tensor is not None:
             scale = self._given_scale(q, rows)
         else:
-            scale = self._scale_table(q.device)[self.places[name]]
+            scale = self._scale_row(name, q.device)
         if not mute:
             return scale
         heard = self._heard(rows, silent, q.shape[0] // len(rows), q.device)
@@ -235,12 +239,12 @@ class Conditioning:
         scale = self.tensor.to(device=q.device, dtype=torch.float32)
         if scale.dim() < 2:
             scale = scale.expand(len(self.people))
-            return scale if self.plan is None else scale * self._gain.to(q.device)
+            return scale if self.plan is None else scale * self._gain_now().to(q.device)
         images = q.shape[0] // len(rows)
         if scale.shape[1] not in (1, images):
             raise InputError(f"id_scale: a tensor for {scale.shape[1]} images, this batch has {images}; give one each")
         scale = scale.expand(-1, images).repeat(1, len(rows))
-        return scale if self.plan is None else scale * self._gain.to(q.device)[:, None]
+        return scale if self.plan is None else scale * self._gain_now().to(q.device)[:, None]
 
     def _heard(self, rows: tuple[str, ...], silent: tuple[bool, ...], images: int, device: torch.device) -> Tensor:
         """1 where an identity acts on a sample, 0 on the uncond parts of those without uncond tokens. [n, B]"""
@@ -256,12 +260,25 @@ class Conditioning:
 
     def _known(self) -> bool:
         """Whether the scales of this step may be read as numbers."""
-        return not self.as_data and (self.plan is None or self._factors is not None)
+        return not self.as_data and (self.plan is None or self._factors() is not None)
+
+    def _factors(self) -> tuple[float, ...] | None:
+        """Of this thread's pass, where the CPU knows them."""
+        step = self._step.get()
+        return None if step is None else step[0]
+
+    def _gain_now(self) -> Tensor:
+        """Factors of this thread's pass, float32 [n]; compiled graphs take those of the latest."""
+        return self._gain if torch.compiler.is_compiling() else self._step.get()[1]
+
+    def _begin_anew(self) -> None:
+        self._step, self._gain = PerThread(), None
 
     def _floats_now(self, name: str) -> tuple[float, ...]:
-        if self._factors is None:
+        factors = self._factors()
+        if factors is None:
             return self.floats[name]
-        return tuple(s * f for s, f in zip(self.floats[name], self._factors))
+        return tuple(s * f for s, f in zip(self.floats[name], factors))
 
     def _begin_step(self, timestep: Any) -> None:
         tensor = isinstance(timestep, Tensor)
@@ -271,13 +288,15 @@ class Conditioning:
                 "take the schedule off with handle.schedule()"
             )
         plan, device = self.plan, self.device if self._table is None else self._table.device
-        with normal_mode():
+        with self._step.lock, normal_mode():  # another thread's run has other timesteps
             plan.prepare(device)
             if self.as_data or (tensor and timestep.device.type != "cpu"):
-                self._factors, self._gain = None, plan.row_on_device(torch.as_tensor(timestep).to(device))
+                factors, gain = None, plan.row_on_device(torch.as_tensor(timestep).to(device))
             else:
                 place = plan.at(timestep)
-                self._factors, self._gain = plan.rows[place], plan.table[place]
+                factors, gain = plan.rows[place], plan.table[place].clone()
+            self._step.set((factors, gain))
+            self._gain = gain
             self._write_table()
 
     def _write_table(self) -> None:
@@ -288,6 +307,13 @@ class Conditioning:
             self._table.copy_(self._base)
         else:
             self._table.copy_(self._base * self._gain)
+
+    def _scale_row(self, name: str, device: torch.device) -> Tensor:
+        """Scales of this step at a layer, float32 [n]."""
+        table, place = self._scale_table(device), self.places[name]
+        if self.plan is None or self.as_data or torch.compiler.is_compiling():
+            return table[place]
+        return self._base[place] * self._gain_now().to(device)  # the table may be at another thread's step
 
     def _scale_table(self, device: torch.device) -> Tensor:
         """float32 [sites, n], written in place by `set_scale` and by steps: compiled graphs see data."""

@@ -10,6 +10,8 @@ from .running import Running
 
 ROWS = ("uncond", "cond")
 HALVES = (("cond",), ("uncond", "cond"))
+# Pipelines of diffusers whose `do_classifier_free_guidance` is not what their batches follow.
+_UNTRUE = ("StableDiffusionPanoramaPipeline", "LEditsPPPipelineStableDiffusionXL")
 
 
 def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
@@ -24,11 +26,9 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
     """
     running = pipe if isinstance(pipe, Running) else Running(pipe)
     if cfg is True or cfg is False:
-        rows = HALVES[cfg is True]
-        return lambda: rows
+        return _Fixed(HALVES[cfg is True])
     if isinstance(cfg, (tuple, list)) and "cond" in cfg and all(r in ROWS for r in cfg):
-        rows = tuple(cfg)
-        return lambda: rows
+        return _Fixed(tuple(cfg))
     if cfg != "auto":
         raise InputError(
             f"attach: cfg must be 'auto', True, False or the order of a batch's parts such as {HALVES[1]}, got {cfg!r}"
@@ -40,11 +40,22 @@ def guidance_rows(cfg: Any, pipe: Any) -> Callable[[], tuple[str, ...]]:
 
 def _require_telling(pipe: Any) -> None:
     kind = type(pipe)
-    if not hasattr(kind, "do_classifier_free_guidance") or hasattr(kind, "image_guidance_scale"):
+    untrue = hasattr(kind, "image_guidance_scale") or any(base.__name__ in _UNTRUE for base in kind.__mro__)
+    if untrue or not hasattr(kind, "do_classifier_free_guidance"):
         raise InputError(
             f"attach: {kind.__name__} does not tell how its batches are made; give cfg=True where they are "
             "[uncond, cond] halves, cfg=False without guidance, or the order of the parts as a tuple"
         )
+
+
+class _Fixed:
+    """The same parts at each call."""
+
+    def __init__(self, rows: tuple[str, ...]) -> None:
+        self.rows = rows
+
+    def __call__(self) -> tuple[str, ...]:
+        return self.rows
 
 
 class _AskPipe:

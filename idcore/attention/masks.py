@@ -66,12 +66,13 @@ class PeopleMasks:
         if torch.compiler.is_compiling():
             return to_tokens(mask.to(device), grid)
         key = (j, grid, device)
-        if key not in self.grids:
+        small = self.grids.get(key)  # another thread may clear them at any time
+        if small is None:
             if len(self.grids) >= _GRIDS_KEPT:
                 self.grids.clear()
             with normal_mode():
-                self.grids[key] = to_tokens(mask.to(device), grid)
-        return self.grids[key]
+                small = self.grids[key] = to_tokens(mask.to(device), grid)
+        return small
 
 
 def read_masks(masks: Any, count: int) -> tuple[Tensor | None, ...]:

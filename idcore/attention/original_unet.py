@@ -8,7 +8,7 @@ interface are used, nothing of the host is imported.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,20 +48,30 @@ def original_sites(unet: Any) -> dict[Place, Site]:
             f"wanted a UNet with input_blocks, middle_block and output_blocks (SD 1.x, SD 2.x, SDXL), got "
             f"{type(unet).__name__}: identities of these systems do not fit other kinds of models"
         )
-    sides = (("input", unet.input_blocks), ("output", unet.output_blocks), ("middle", [unet.middle_block]))
-    found = [
-        (Place(side, i, j), transformer.attn2)
-        for side, blocks in sides
-        for i, block in enumerate(blocks)
-        for layer in block
-        for j, transformer in enumerate(getattr(layer, "transformer_blocks", ()))
-    ]
+    found = [(place, transformer.attn2) for place, _, transformer in _transformers(unet)]
     if not found:
         raise InputError(f"{type(unet).__name__} has no cross-attention, which an identity needs")
     return {
         place: Site(".".join(map(str, place)), 2 * n + 1, attn.heads * attn.dim_head, attn.heads, attn.dim_head)
         for n, (place, attn) in enumerate(found)
     }
+
+
+def attention_paths(unet: Any) -> list[str]:
+    """Module paths of all attention layers of a UNet in the original layout, self-attentions too, in the order in which
+    diffusers counts them ("input_blocks.4.1.transformer_blocks.0.attn1")."""
+    return [f"{path}.{name}" for _, path, _ in _transformers(unet) for name in ("attn1", "attn2")]
+
+
+def _transformers(unet: Any) -> Iterator[tuple[Place, str, Any]]:
+    """Place, module path and module of every transformer, in diffusers' order."""
+    sides = (("input", unet.input_blocks), ("output", unet.output_blocks), ("middle", [unet.middle_block]))
+    for side, blocks in sides:
+        for i, block in enumerate(blocks):
+            where = "middle_block" if side == "middle" else f"{side}_blocks.{i}"
+            for n, layer in enumerate(block):
+                for j, transformer in enumerate(getattr(layer, "transformer_blocks", ())):
+                    yield Place(side, i, j), f"{where}.{n}.transformer_blocks.{j}", transformer
 
 
 @dataclass(eq=False)

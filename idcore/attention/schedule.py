@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .per_thread import PerThread
 from .running import Running
 
 
@@ -117,7 +118,7 @@ class StepsOf:
 
     def __init__(self, running: Running) -> None:
         self.running = running
-        self._kept: tuple[Any, int, int, Tensor] | None = None
+        self._kept = PerThread()  # (scheduler's timesteps, first, number, those of the run)
 
     def __call__(self) -> Tensor:
         """The same tensor as long as the run is the same."""
@@ -130,10 +131,11 @@ class StepsOf:
         begin = getattr(scheduler, "begin_index", None)
         if begin is None:
             begin = 0 if hasattr(scheduler, "begin_index") else len(whole) - count
-        key = (whole, begin, count)
-        if self._kept is None or self._kept[0] is not whole or self._kept[1:3] != key[1:]:
-            self._kept = (*key, _timesteps(whole[begin : begin + count]))
-        return self._kept[3]
+        kept = self._kept.get()
+        if kept is None or kept[0] is not whole or kept[1:3] != (begin, count):
+            kept = (whole, begin, count, _timesteps(whole[begin : begin + count]))
+            self._kept.set(kept)
+        return kept[3]
 
 
 def _timesteps(steps: Any) -> Tensor:

@@ -101,15 +101,22 @@ class FacePreprocess:
         name = str(getattr(self.analyzer, "name", type(self.analyzer).__name__))
         return FaceFeatures(embeds, clip, None, uncond, {"face_analyzer": name, "policy": self.policy})
 
-    def _one(self, photo: ImageLike, number: int) -> tuple[Tensor, Tensor | None]:
-        image = load_image(photo)
+    def points(self, photo: ImageLike) -> np.ndarray:
+        """Five points of the face, as `Face.points`, float32 [5, 2]. Raises NoFaceError, SeveralFacesError."""
+        return self._face(load_image(photo), 0).points
+
+    def _face(self, image: Image.Image, number: int) -> Face:
         faces = self.analyzer.detect(image)
         if not faces:
             raise NoFaceError(
                 f"FacePreprocess: no face in photo {number + 1} ({image.width}x{image.height}); use one in which a "
                 "face is upright, lit and not cut off"
             )
-        face = self.analyzer.choose(faces, self.policy)
+        return self.analyzer.choose(faces, self.policy)
+
+    def _one(self, photo: ImageLike, number: int) -> tuple[Tensor, Tensor | None]:
+        image = load_image(photo)
+        face = self._face(image, number)
         embedding = np.asarray(self.analyzer.embed(image, face), np.float32).reshape(-1)
         if embedding.size != self.id_dim:
             raise InputError(

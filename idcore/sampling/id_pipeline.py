@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..identity import Identity
 from .denoise import CallbackView, Interrupted, Job, caller, denoise
-from .loading import arrange, load_pipeline, load_single_file
+from .loading import arrange, check_arranged, load_pipeline, load_single_file
 from .loop_graph import LoopGraphs, Made
 from .sdxl import scheduler_by_name
 from .sdxl_job import encode_words, make_job, picture_size
@@ -143,6 +143,7 @@ class IDPipeline:
             InputError: options that do not fit.
             MissingDependencyError: torchao is not installed.
         """
+        check_arranged(quantize, device, offload)
         load = load_pipeline if config is None else functools.partial(load_single_file, config=config)
         pipe = load(base, local_files_only=local_files_only, torch_dtype=dtype, **options)
         where = device if offload is None else device or "cuda"

@@ -145,6 +145,14 @@ def _from_original(tensors: dict[str, Any], unet: nn.Module, path: Any) -> dict[
         raise WeightsError(f"{path} holds a UNet in the original layout that is not shaped like this one: {e}") from e
 
 
+def check_arranged(kind: str | None, device: torch.device | str | None, offload: str | None) -> None:
+    """What `quantize` and `place` would refuse, before gigabytes are read for nothing."""
+    if kind is not None:
+        _quantize_config(kind)
+    if offload is not None:
+        _accelerator(device, offload)
+
+
 def quantize(unet: nn.Module, kind: str) -> nn.Module:
     """Linear weights of the UNet's transformers in 8 bit, by torchao, in place. Not reversible.
 
@@ -156,6 +164,13 @@ def quantize(unet: nn.Module, kind: str) -> nn.Module:
         InputError: unknown kind.
         MissingDependencyError: torchao is not installed.
     """
+    quantize_, config = _quantize_config(kind)
+    quantize_(unet, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and ".transformer_blocks." in name)
+    return unet
+
+
+def _quantize_config(kind: str) -> tuple[Any, Any]:
+    """torchao's function, and what to give it."""
     if kind not in QUANTIZED:
         raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, got {kind!r}")
     try:
@@ -165,9 +180,7 @@ def quantize(unet: nn.Module, kind: str) -> nn.Module:
             f'quantize="{kind}" needs torchao, which is not installed or does not load ({e}); pip install torchao, or '
             "leave quantize out"
         ) from e
-    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-    quantize_(unet, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and ".transformer_blocks." in name)
-    return unet
+    return quantize_, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
 def place(pipe: Any, device: torch.device | str | None, offload: str | None) -> Any:
@@ -184,6 +197,14 @@ def place(pipe: Any, device: torch.device | str | None, offload: str | None) -> 
     """
     if offload is None:
         return pipe if device is None else pipe.to(device)
+    _accelerator(device, offload)
+    move = pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload
+    move(device=device or "cuda")
+    return pipe
+
+
+def _accelerator(device: torch.device | str | None, offload: str) -> None:
+    """Raise InputError unless there is something to offload from, in a way that is known."""
     if offload not in OFFLOADS:
         raise InputError(f"offload must be None or one of {', '.join(OFFLOADS)}, got {offload!r}")
     kind = torch.device(device or "cuda").type
@@ -192,9 +213,6 @@ def place(pipe: Any, device: torch.device | str | None, offload: str | None) -> 
             f'offload="{offload}" moves weights between the CPU and an accelerator, and device {kind!r} is none or not '
             "available; leave it out"
         )
-    move = pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload
-    move(device=device or "cuda")
-    return pipe
 
 
 def arrange(pipe: Any, unet_weights: Any, kind: str | None, device: Any, offload: str | None, compiled: Any) -> None:

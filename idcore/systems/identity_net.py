@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from idcore.attention.guidance import guidance_rows
+from idcore.attention.running import Running
 from idcore.attention.sites import unwrap
 from idcore.errors import InputError
 from idcore.identity import Identity
@@ -68,8 +69,10 @@ def _limb(a: np.ndarray, b: np.ndarray) -> list[tuple[float, float]]:
 class IdentityNetHandle:
     """An identity on a ControlNet: swap it, take it off. Also a context manager that takes it off."""
 
-    def __init__(self, controlnet: nn.Module, identity: Identity, rows: Callable[[], tuple[str, ...]]) -> None:
-        self.identity, self._rows = identity, rows
+    def __init__(
+        self, controlnet: nn.Module, identity: Identity, rows: Callable[[], tuple[str, ...]], running: Running
+    ) -> None:
+        self.identity, self._rows, self._running = identity, rows, running
         self._hook = controlnet.register_forward_pre_hook(self._instead_of_text, with_kwargs=True)
 
     def __enter__(self) -> IdentityNetHandle:
@@ -86,6 +89,7 @@ class IdentityNetHandle:
         text = kwargs.get("encoder_hidden_states")
         if not isinstance(text, Tensor):
             raise InputError("IdentityNet: the ControlNet was called without encoder_hidden_states as a keyword")
+        self._running.look(module)
         rows = ("cond",) if kwargs.get("guess_mode") else self._rows()
         return args, {**kwargs, "encoder_hidden_states": self._tokens(rows, text)}
 
@@ -118,4 +122,5 @@ def put_identity(pipe: Any, identity: Identity, controlnet: Any, cfg: Any) -> Id
             + (f"{type(net).__name__} with several; say which with controlnet=" if hasattr(net, "nets") else
                f"{type(pipe).__name__} without a controlnet; give one with controlnet=")
         )  # fmt: skip
-    return IdentityNetHandle(net, identity, guidance_rows(cfg, pipe))
+    running = Running(pipe)
+    return IdentityNetHandle(net, identity, guidance_rows(cfg, running), running)

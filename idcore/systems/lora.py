@@ -47,6 +47,32 @@ def peft_state(tensors: Mapping[str, Tensor], unet: nn.Module) -> dict[str, Tens
     return state
 
 
+def kohya_state(tensors: Mapping[str, Tensor], paths: Sequence[str], widths: Sequence[int]) -> dict[str, Tensor]:
+    """The same tensors under kohya's names, for hosts with UNets in the original layout.
+
+    Args:
+        tensors: with the keys of `idcore.adapter_files`.
+        paths: module paths of the UNet's attention layers (`attention.original_unet.attention_paths`).
+        widths: channels of each of them.
+
+    Raises:
+        InputError: the UNet has fewer layers, or other widths, than the tensors.
+    """
+    state = {}
+    for key, t in tensors.items():
+        index, part, side = LORA.match(key).groups()
+        n = int(index)
+        if n >= len(paths) or (side == "up" and t.shape[0] != widths[n]):
+            there = f"{paths[n]} has {widths[n]} channels" if n < len(paths) else f"the UNet has {len(paths)} layers"
+            raise InputError(
+                f"LoRA part: {key} {list(t.shape)} does not fit this UNet ({there}); use the base model that the "
+                "adapter was made for"
+            )
+        name = f"{paths[n]}.{_PARTS[part]}".replace(".", "_")
+        state[f"lora_unet_{name}.lora_{side}.weight"] = t
+    return state
+
+
 def _weight(module: nn.Module) -> Tensor:
     return getattr(module, "base_layer", module).weight
 

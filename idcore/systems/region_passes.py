@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from idcore.attention.guidance import guidance_rows
 from idcore.attention.masks import read_masks
+from idcore.attention.running import Running
 from idcore.attention.sites import unwrap
 from idcore.errors import InputError
 from idcore.systems.region_text import encoded, shared_out, texts_checked
@@ -61,16 +62,19 @@ def attach_passes(pipe: Any, prompts: Sequence[str], masks: Any, *, cfg: Any = "
     if any(m is not None and m.shape[0] > 1 for m in where):
         raise InputError("texts for regions: wanted masks [H, W] that serve all pictures, got one per picture")
     where = [torch.ones(1, 1, 1) if m is None else m for m in where]
-    return PassesHandle(unet, [encoded(pipe, p, staged=True) for p in prompts], where, guidance_rows(cfg, pipe))
+    running = Running(pipe)
+    texts = [encoded(pipe, p, staged=True) for p in prompts]
+    return PassesHandle(unet, texts, where, guidance_rows(cfg, running), running)
 
 
 class PassesHandle:
     """Texts on a UNet; a context manager that takes them off at its end."""
 
     def __init__(
-        self, unet: nn.Module, texts: Sequence[tuple[Tensor, Tensor | None]], masks: Sequence[Tensor], rows: Any
-    ) -> None:
-        self._texts, self._masks, self._rows = list(texts), list(masks), rows
+        self, unet: nn.Module, texts: Sequence[tuple[Tensor, Tensor | None]], masks: Sequence[Tensor], rows: Any,
+        running: Running,
+    ) -> None:  # fmt: skip
+        self._texts, self._masks, self._rows, self._running = list(texts), list(masks), rows, running
         self._read: tuple[Tensor, Tensor] | None = None  # a pass's text as given, and with the others
         self._shares: Tensor | None = None  # of the texts in the latest pass's prediction, [1 + n, 1, h, w]
         self._hooks = [
@@ -96,6 +100,7 @@ class PassesHandle:
 
     def _widen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The UNet's pre-hook: each sample once per text, beside each other."""
+        self._running.look(module)
         names = ("sample", "timestep", "encoder_hidden_states")
         given = dict(zip(names, args)) | kwargs
         batch = given["sample"].shape[0]
@@ -117,11 +122,12 @@ class PassesHandle:
 
     def _all_texts(self, text: Tensor, batch: int) -> Tensor:
         """Kept as long as the very same tensor comes, so that layers see that it is unchanged."""
-        if self._read is None or self._read[0] is not text:
+        read = self._read
+        if read is None or read[0] is not text:
             wide = _widened(text, max(t.shape[-1] for t in (text, *(t for t, _ in self._texts))))
             wide = wide.repeat_interleave(self._times * batch // text.shape[0], 0)
-            self._read = text, self._with_others(wide, [t for t, _ in self._texts])
-        return self._read[1]
+            read = self._read = text, self._with_others(wide, [t for t, _ in self._texts])
+        return read[1]
 
     def _added(self, added: dict[str, Any], batch: int) -> dict[str, Any]:
         wide = {k: self._repeated(v, batch) for k, v in added.items()}
@@ -159,8 +165,8 @@ class PassesHandle:
         kept = self._shares
         if kept is None or kept.shape[-2:] != made.shape[-2:] or (kept.device, kept.dtype) != (made.device, made.dtype):
             own = torch.cat([F.adaptive_avg_pool2d(m[None].to(made.device), made.shape[-2:]) for m in self._masks], 1)
-            self._shares = torch.cat([1 - own.sum(1, keepdim=True), own], 1)[0, :, None].to(made.dtype)
-        return self._shares
+            kept = self._shares = torch.cat([1 - own.sum(1, keepdim=True), own], 1)[0, :, None].to(made.dtype)
+        return kept
 
 
 def _widened(text: Tensor, width: int) -> Tensor:

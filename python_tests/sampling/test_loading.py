@@ -133,6 +133,9 @@ def test_offloading_needs_an_accelerator():
     with pytest.raises(InputError, match='offload="model" moves weights between the CPU and an accelerator'):
         place(pipe, "cpu", "model")
     assert place(pipe, "cpu", None) is pipe and place(pipe, None, None) is pipe
+    for wrong in ({"offload": "disk"}, {"offload": "model", "device": "cpu"}, {"quantize": "int3"}):
+        with pytest.raises(InputError, match="offload|quantize"):  # before anything is read
+            idcore.IDPipeline.from_pretrained("nowhere/nothing", **wrong)
 
 
 def test_eight_bit_needs_torchao(monkeypatch):

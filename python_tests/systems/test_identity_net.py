@@ -92,6 +92,36 @@ def test_one_row_per_image(pipe, system):
             draw(pipe, images=3)
 
 
+def test_another_pipeline_on_the_controlnet_tells_its_own_guidance(pipe, system):
+    me = system.encode(torch.randn(naive.ID))
+    second = StableDiffusionXLControlNetPipeline.from_pipe(pipe)
+    second.set_progress_bar_config(disable=True)
+    with system.identity_net(pipe, me):
+        seen(pipe, guidance=5.0, images=2)
+        read, _ = seen(second, guidance=1.0, images=2)
+        assert torch.equal(read, torch.cat([me.tokens] * 2))
+        read, _ = seen(pipe, guidance=5.0)
+        assert torch.equal(read, torch.cat([me.uncond_tokens, me.tokens]))
+
+
+def test_one_of_several_controlnets(pipe, system):
+    from diffusers.models import MultiControlNetModel
+
+    me = system.encode(torch.randn(naive.ID))
+    nets = [pipe.controlnet, controlnet(pipe.unet, 1)]
+    both = tiny_pipeline("sdxl", cls=StableDiffusionXLControlNetPipeline, controlnet=MultiControlNetModel(nets))
+    read = {}
+    for i, net in enumerate(nets):
+        net.register_forward_hook(
+            lambda m, a, k, out, i=i: read.__setitem__(i, k["encoder_hidden_states"]), with_kwargs=True
+        )
+    with system.identity_net(both, me, controlnet=nets[1]):
+        picture = keypoint_picture(np.array(POINTS) / 6, 16, 16)
+        both("a portrait", image=[picture] * 2, height=16, width=16, num_inference_steps=1, guidance_scale=1.0,
+             output_type="latent", controlnet_conditioning_scale=[1.0, 1.0])  # fmt: skip
+    assert torch.equal(read[1], me.tokens) and read[0].shape[1] == 77
+
+
 def test_refusals(pipe, system):
     me = system.encode(torch.randn(naive.ID))
     with pytest.raises(InputError, match="StableDiffusionXLPipeline without a controlnet"):
