@@ -40,6 +40,8 @@ class Running:
 
     def look(self, network: Any) -> None:
         """Called when the network is entered."""
+        if torch.compiler.is_compiling():
+            return  # nor can frames
         found = _caller(network)
         self._other.set(None if found is None or found is self._attached() else weakref.ref(found))
 
