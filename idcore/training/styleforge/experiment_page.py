@@ -19,14 +19,14 @@ BLOCKS = ((len(CONTENTS), "with the word"), (len(EMPTY), "nobody asked for"), (l
 
 
 def report(out: Path, found: Mapping[str, Any], settings: Sequence[str], docs: Path) -> list[Path]:
-    """docs/results/styleforge.json, docs/styleforge-results.md and .png of what `experiment.run` found."""
+    """docs/results/styleforge.json, docs/styleforge-results.md and .jpg of what `experiment.run` found."""
     rows = found["rows"]
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    written = [docs / "results" / "styleforge.json", docs / "styleforge-results.md", docs / "styleforge-results.png"]
+    written = [docs / "results" / "styleforge.json", docs / "styleforge-results.md", docs / "styleforge-results.jpg"]
     told_all = {"command": command_line(), "machine": machine(), "settings": list(settings), **found}
     write_text(written[0], json.dumps(told_all, indent=1))
     write_text(written[1], _page(found, settings))
-    _sheet(out, rows).save(written[2])
+    _sheet(out, rows).save(written[2], quality=92)
     return written
 
 
@@ -47,7 +47,7 @@ def _page(found: Mapping[str, Any], settings: Sequence[str]) -> str:
         f"Settings: {', '.join(f'`{s}`' for s in settings)}. Runs: `docs/results/styleforge.json`. Again: "
         "`python -m idcore.training.styleforge.experiment`.", "",
         f"First seed. From left to right: {', '.join(said for _, said in BLOCKS)}. For each style the rows are "
-        f"{', '.join(methods)}:", "", "![pictures](styleforge-results.png)", "",
+        f"{', '.join(methods)}:", "", "![pictures](styleforge-results.jpg)", "",
     ])  # fmt: skip
 
 
