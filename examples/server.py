@@ -131,6 +131,7 @@ class Service:
     async def draw(self, request: DrawRequest, http: Request) -> tuple[Ticket, list[Image.Image]]:
         ticket = self.batcher.submit(request)
         done = asyncio.wrap_future(ticket)
+        done.add_done_callback(lambda f: f.cancelled() or f.exception())  # heard, also where nobody waits any more
         left = asyncio.create_task(_left(http))
         try:
             await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
