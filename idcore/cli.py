@@ -16,7 +16,7 @@ from .cli_generate import generate
 from .cli_options import Choose, Faces, Json, Parsing, Retina, System, Vision, Weights
 from .cli_stylise import stylise
 from .cli_train import app as train_app
-from .errors import told
+from .errors import InputError, told
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(train_app, name="train")
@@ -59,8 +59,8 @@ def demo(
 
 @app.command()
 def encode(
-    photos: Annotated[list[Path], typer.Argument(help="One or several photos of one person.")],
-    out: Annotated[Path, typer.Option(help="The identity to write, e.g. me.safetensors.")],
+    photos: Annotated[list[Path], typer.Argument(help="One or several photos of one person, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="The identity to write: a file that ends in .safetensors.")],
     system: System = "tiny",
     weights: Weights = None,
     vision: Vision = None,
@@ -74,8 +74,9 @@ def encode(
     ] = None,
 ) -> None:
     """Photos of a person to an identity file."""
-    from .workflows import encode_photos
+    from .workflows import encode_photos, new_file
 
+    new_file(out)
     identity = encode_photos(
         photos, system=system, weights=weights, vision=vision, parsing=parsing, retinaface=retinaface, faces=faces,
         choose=choose, bank=bank, say=lambda text: typer.echo(text, err=True),
@@ -87,7 +88,7 @@ def encode(
 @app.command()
 def mix(
     identities: Annotated[list[Path], typer.Argument(help="Two or more identities of one system.")],
-    out: Annotated[Path, typer.Option(help="The identity to write.")],
+    out: Annotated[Path, typer.Option(help="The identity to write: a file that ends in .safetensors.")],
     weights: Annotated[
         str | None, typer.Option(help='One number per identity, e.g. "0.7,0.3"; equal by default.')
     ] = None,
@@ -183,7 +184,9 @@ def doctor(
 
 @app.command()
 def prepare(
-    data: Annotated[Path, typer.Argument(help="Folder of pictures with captions, or of WebDataset shards (.tar).")],
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder of pictures with captions, or of WebDataset shards (.tar).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; a second call goes on where one stopped.")] = None,
     system: Annotated[
         str, typer.Option(help='Whose face features: "tiny-pulid" (embedded), "pulid", or "none" (faces alone).')
@@ -217,6 +220,8 @@ def prepare(
     if settings:
         typer.echo(as_text(load(PrepareConfig, None, change or [])).rstrip())
         return
+    if data is None:
+        raise InputError("prepare: wanted a folder of pictures: idcore prepare PHOTOS --out data")
     files = {k: None if v is None else str(v) for k, v in dict(vision=vision, parsing=parsing).items()}
     setup = Setup(system, faces, **files, retinaface=None if retinaface is None else str(retinaface), device=device)
     run_prepare(
@@ -229,10 +234,10 @@ def prepare(
 def draw(
     out: Annotated[Path, typer.Argument(help="Folder for the pictures and their captions.")],
     kind: Annotated[str, typer.Option(help='"person" (one, several views), "people", or "backgrounds".')] = "person",
-    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 4,
     style: Annotated[str, typer.Option(help="photo, pencil, oil, cartoon, sepia or night.")] = "photo",
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws others.")] = 0,
-    size: Annotated[int, typer.Option(help="Edge in pixels.")] = 128,
+    size: Annotated[int, typer.Option(min=64, max=1024, help="Edge in pixels.")] = 128,
 ) -> None:
     """Draw small data sets of people and styles, to try the trainings with --base tiny-sd."""
     from .training.data.drawings import draw_folder

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .generating_album import Album
+from .photos import telling_faces
 from .results import is_result
 from .workflows import (
     analyzer,
     chosen_files,
     face_choice,
     preset_of,
-    save_picture,
-    writable_folder,
     write_text,
 )
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TINY_SD = "tiny-sd"
 TINY_BATCH = 16
+MOST_SEED = 2**63 - 1
 GUIDANCE = 1.2  # where none is given; the embedded models draw without
-WITHOUT_STYLE = "without_style"
 MARGIN = 0.0625  # of the longer side, by which people's regions are grown before the background's text; our choice
 
 
@@ -126,25 +126,26 @@ def generate_pictures(r: GenerateRequest, say: Callable[[str], Any] = lambda tex
         say: gets lines about how alike the pictures are to the people's photos.
     """
     _check(r)
-    out = writable_folder(r.out)
-    seeds = range(r.seed, r.seed + r.count)
-    plain: list[Image.Image] = []
-    if is_tiny(r.base):
-        made, info = _generate_tiny(r, say)
-    else:
-        from .generating_styles import unsaid_words
+    for line in _unused(r):
+        say(line)
+    album = Album(r)
+    try:
+        if is_tiny(r.base):
+            info = _generate_tiny(r, say, album)
+        else:
+            from .generating_styles import unsaid_words
 
-        for line in unsaid_words(r.styles, [r.prompt, r.background or ""]):
+            for line in unsaid_words(r.styles, [r.prompt, r.background or ""]):
+                say(line)
+            info = _generate_on_base(r, say, album)
+    except KeyboardInterrupt:
+        if line := album.what_is_left():
             say(line)
-        made, plain, info = _generate_on_base(r, seeds, say)
+        raise
     info["request"] = plain_values(asdict(r))
-    facts = about(r)
-    paths = _saved(made, seeds, out, facts)
-    if plain:
-        _saved(plain, seeds, writable_folder(out / WITHOUT_STYLE), facts | {"style_sha256": ""})
-    info["pictures"] = [p.name for p in paths]
-    write_text(out / "generate.json", json.dumps(info, indent=1))
-    return paths
+    info["pictures"] = [p.name for p in album.paths]
+    write_text(album.folder / "generate.json", json.dumps(info, indent=1))
+    return album.paths
 
 
 def _check(r: GenerateRequest) -> None:
@@ -163,20 +164,36 @@ def _check(r: GenerateRequest) -> None:
 
 
 def check_texts(r: GenerateRequest) -> None:
-    """Raise InputError for a prompt that says nothing, or regions of a background that do not fit."""
+    """Raise InputError for a prompt that says nothing, numbers out of range, or regions of a background that do not
+    fit."""
     if not r.prompt.strip():
         raise InputError(f"{r.command}: the prompt is empty; write what to draw, and the style, in words")
+    if r.seed + r.count > MOST_SEED:
+        raise InputError(f"{r.command}: --seed plus --count goes to {MOST_SEED} at the most, got {r.seed} and {r.count}")
+    if r.guidance is not None and not 0 <= r.guidance <= 100:
+        raise InputError(f"{r.command}: --guidance is a number from 0 to 100 (1 leaves it out), got {r.guidance}")
+    if r.preset is not None:
+        from .systems.pulid import PRESETS
+
+        if r.preset not in PRESETS:
+            raise InputError(f"{r.command}: --preset must be one of {', '.join(PRESETS)}, got {r.preset!r}")
     if r.person_region is not None and r.background is None:
         raise InputError(f"{r.command}: --person-region says where --background is not read; give both")
     if not 0 <= r.person_margin <= 0.25:
         raise InputError(f"{r.command}: --person-margin is 0 to 0.25 of the longer side, got {r.person_margin}")
 
 
-def _saved(pictures: Sequence[Image.Image], seeds: Sequence[int], folder: Path, about: dict[str, str]) -> list[Path]:
-    return [
-        save_picture(picture, folder / f"{i:03d}_seed{seed}.png", {**about, "seed": str(seed)})
-        for i, (seed, picture) in enumerate(zip(seeds, pictures))
-    ]
+def _unused(r: GenerateRequest) -> list[str]:
+    """What was given and does nothing in this call."""
+    lines = []
+    if not r.people():
+        given = [n for n in ("weights", "vision", "parsing", "retinaface", "preset") if getattr(r, n) is not None]
+        given = [n for n in given if not (n == "weights" and r.system in ("auto", "sefi-ide"))]
+        if given:
+            lines.append(f"{', '.join(f'--{n}' for n in given)}: not used, since no --id says who is drawn")
+    if r.negative and r.guides() == 1:
+        lines.append("--negative: not used at --guidance 1; give a higher one")
+    return lines
 
 
 def plain_values(value: Any) -> Any:
@@ -206,9 +223,7 @@ def about(r: GenerateRequest) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _generate_on_base(
-    r: GenerateRequest, seeds: Sequence[int], say: Callable[[str], Any]
-) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
+def _generate_on_base(r: GenerateRequest, say: Callable[[str], Any], album: Album) -> dict[str, Any]:
     from .generating_base import pictures_of_base
     from .generating_likeness import compared, in_words, photos_of
     from .generating_regions import masks_of
@@ -216,16 +231,18 @@ def _generate_on_base(
     with contextlib.ExitStack() as ending:
         bars: list[Any] = []
 
-        def done(count: int) -> None:
+        def done(picture: Image.Image | None, without_style: bool) -> None:
             if not bars:  # once the base is open: a bar beside an error would only be in its way
                 bars.append(ending.enter_context(progress(r.count * (2 if r.compare else 1))))
-            bars[0].update(count)
+            if picture is not None:
+                album.add(picture, without_style)
+                bars[0].update(1)
 
-        made, plain = pictures_of_base(r, seeds, done)
+        made, plain = pictures_of_base(r, range(r.seed, r.seed + r.count), done, say)
     found = compared(r, made, plain, masks_of(r, len(r.people())))
     for line in in_words(found, photos_of(r)) if found else ():
         say(line)
-    return made, plain, {"similarity": found} if found else {}
+    return {"similarity": found} if found else {}
 
 
 def progress(total: int, what: str = "generate"):
@@ -258,7 +275,7 @@ def _check_tiny(r: GenerateRequest) -> None:
         )
 
 
-def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[Image.Image], dict[str, Any]]:
+def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any], album: Album) -> dict[str, Any]:
     from .generating_likeness import check_photos, judge_of, likeness, photos_of, summary_line
     from .generating_people import is_saved
     from .identity import Identity
@@ -284,23 +301,26 @@ def _generate_tiny(r: GenerateRequest, say: Callable[[str], Any]) -> tuple[list[
         pipe = pipe.with_system(_result_system(r, for_photos=photo))
     identity = None
     if who is not None:
-        identity = pipe.encode(who, analyzer(r.faces), face_choice(r.choose)) if photo else Identity.load(who)
+        with telling_faces(say):
+            identity = pipe.encode(who, analyzer(r.faces), face_choice(r.choose)) if photo else Identity.load(who)
     seeds, pictures = list(range(r.seed, r.seed + r.count)), []
     with progress(r.count) as bar:
         for k in range(0, r.count, TINY_BATCH):
             part = seeds[k : k + TINY_BATCH]
-            pictures += pipe(
+            for picture in pipe(
                 r.prompt, identity, id_scale=next(iter(r.scales([0]))), num_inference_steps=r.steps, seed=part,
                 num_images_per_prompt=len(part), id_guidance_start=r.id_start, id_guidance_end=r.id_end,
-            )  # fmt: skip
+            ):  # fmt: skip
+                pictures.append(picture)
+                album.add(picture)
             bar.update(len(part))
     shown = next(iter(photos_of(r)), None)
     if shown is None:
-        return pictures, {}
+        return {}
     judge = judge_of(r)
     values = likeness(shown, pictures, judge, choose=r.choose)
     say(f"{summary_line(shown.name, values, judge.measure)}\n{judge.measure.describe()}")
-    return pictures, {"similarity": {"measure": judge.measure.describe(), "values": values}}
+    return {"similarity": {"measure": judge.measure.describe(), "values": values}}
 
 
 def _result_system(r: GenerateRequest, *, for_photos: bool) -> Any:

@@ -24,14 +24,18 @@ Draw = Callable[[int], "Image.Image"]
 
 
 def pictures_of_base(
-    r: GenerateRequest, seeds: Sequence[int], done: Callable[[int], Any]
+    r: GenerateRequest,
+    seeds: Sequence[int],
+    done: Callable[[Image.Image | None, bool], Any],
+    say: Callable[[str], Any] = lambda text: None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """A picture per seed, one at a time: the same seed gives the same picture whatever the count.
 
     Args:
         r: the request; its base is "tiny-sd", a folder, or with `config` one file.
         seeds: of the pictures.
-        done: called with 0 before the first, with 1 after each.
+        done: called with None before the first, then with each picture, and whether it is one without the styles.
+        say: gets a line per photo with several faces.
 
     Returns:
         The pictures; and where `r.compare` is set the same without the styles, else none.
@@ -44,17 +48,17 @@ def pictures_of_base(
         )
     check_system(r.system)
     opens = opener(r)
-    parties = parties_of(r)
+    parties = parties_of(r, say)
     check_photos(r)
     artist = Artist(r, next((p.system for p in parties if not p.by_prompt), None), opens)
     masks = masks_of(r, sum(len(p.people) for p in parties))
     rounds: list[list[Image.Image]] = [[], []]
     for made in rounds if r.compare else rounds[:1]:
         with artist.scene(r.prompt, parties, masks) as draw:
-            done(0)
+            done(None, False)
             for seed in seeds:
                 made.append(draw(seed))
-                done(1)
+                done(made[-1], made is rounds[1])
         artist.drop_styles()
     return rounds[0], rounds[1]
 

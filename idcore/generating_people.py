@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, WeightsError
+from .photos import telling_faces
 from .results import is_result, read_result
 from .workflows import chosen_files, face_choice, preset_of
 
@@ -39,8 +40,9 @@ class Party:
         return self.by_prompt and self.people[0].system == BY_STAGES
 
 
-def parties_of(r: GenerateRequest) -> list[Party]:
+def parties_of(r: GenerateRequest, say: Callable[[str], Any] = lambda text: None) -> list[Party]:
     """Those of a request, in the order of `--id`: photos are encoded by `--system`; saved people bring their own.
+    `say` gets a line per photo with several faces.
 
     Raises:
         InputError: people of two systems in the attention, or masks for nobody.
@@ -53,7 +55,8 @@ def parties_of(r: GenerateRequest) -> list[Party]:
         return []
     found = [saved_person(p) for p in files]
     system = system_of(r, found)
-    return grouped([system.encode([p]) if f is None else f for p, f in zip(files, found, strict=True)], system)
+    with telling_faces(say):
+        return grouped([system.encode([p]) if f is None else f for p, f in zip(files, found, strict=True)], system)
 
 
 def grouped(people: Sequence[Identity], system: Any = None) -> list[Party]:

@@ -51,21 +51,19 @@ def stylise_photos(r: StyliseRequest, say: Callable[[str], Any] = lambda text: N
     out = writable_folder(r.out)
     for line in unsaid_words(r.styles, [r.prompt, r.background or ""]):
         say(line)
-    redrawer = Redrawer(r)
+    redrawer = Redrawer(r, say)
     photos = redrawer.photos()
     seeds = range(r.seed, r.seed + r.count)
     made: list[list[Image.Image]] = []
+    facts, paths = about(r) | {"strength": str(r.strength)}, []
     with redrawer.ready() as draw, progress(len(photos) * r.count, "stylise") as bar:
-        for photo in photos:
+        for k, photo in enumerate(photos):
             made.append([])
             for seed in seeds:
                 made[-1].append(draw(photo, seed))
+                path = out / f"{k:03d}_seed{seed}.png"  # written now: what stops the others does not cost this one
+                paths.append(save_picture(made[-1][-1], path, facts | {"seed": str(seed)}).name)
                 bar.update(1)
-    facts, paths = about(r) | {"strength": str(r.strength)}, []
-    for k, pictures in enumerate(made):
-        for seed, picture in zip(seeds, pictures, strict=True):
-            path = save_picture(picture, out / f"{k:03d}_seed{seed}.png", facts | {"seed": str(seed)})
-            paths.append(path.name)
     info = {"pictures": paths, "kept": _kept(r, photos, made, say), "request": plain_values(asdict(r))}
     write_text(out / RECORD, json.dumps(info, indent=1))
     return info
@@ -90,13 +88,13 @@ def _check(r: StyliseRequest) -> None:
 class Redrawer(Artist):
     """A base model, opened once, whose pictures begin at photos."""
 
-    def __init__(self, r: StyliseRequest) -> None:
+    def __init__(self, r: StyliseRequest, say: Callable[[str], Any] = lambda text: None) -> None:
         from .generating_people import parties_of
         from .generating_regions import masks_of
         from .sampling.stylise import redrawer
 
         opens = opener(r)
-        self.parties = parties_of(r)
+        self.parties = parties_of(r, say)
         self.masks = masks_of(r, sum(len(p.people) for p in self.parties))
         self._photo: Image.Image | None = None
         super().__init__(r, None, lambda request, system: redrawer(opens(request, system)), sized=False)

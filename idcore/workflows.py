@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import IdcoreError, InputError
+from .photos import photos_of, telling_faces
 from .results import is_result, read_result
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def encode_photos(
     """Photos of one person to an identity of the named system.
 
     Args:
-        photos: one or several files (JPEG, PNG, WEBP).
+        photos: one or several files (JPEG, PNG, WEBP), or folders of them.
         system: "tiny"; "pulid", "faceid", "instantid", "dreamidentity", "auto" (what `weights` holds); or a fetched
             recipe, such as "pulid-v1.1"; or a training's result folder.
         weights, vision, parsing, retinaface: files of the system, see `idcore.systems.loading.load_system`.
@@ -46,8 +47,9 @@ def encode_photos(
         choose: which face: "largest", "center", "only", or a number.
         bank: a base model in diffusers' layout; its layers' keys and values are kept in the identity, which needs no
             adapter weights then.
-        say: gets a line with what the encoding took, where the system measures it.
+        say: gets a line per photo with several faces, and what the encoding took, where the system measures it.
     """
+    photos = photos_of(photos)
     if not photos:
         raise InputError("encode: wanted at least one photo, got none")
     if system == "tiny":
@@ -61,12 +63,14 @@ def encode_photos(
             )
         from .sampling.tiny_pipeline import TinyPipeline
 
-        return TinyPipeline.from_package().encode(list(photos), analyzer(faces), face_choice(choose))
+        with telling_faces(say):
+            return TinyPipeline.from_package().encode(photos, analyzer(faces), face_choice(choose))
     from .systems.loading import load_system
 
     files = {"weights": weights, "vision": vision, "parsing": parsing, "retinaface": retinaface, "faces": faces}
     loaded = load_system(**chosen_files(system, files, for_photos=True), policy=face_choice(choose))
-    identity = loaded.encode(list(photos))
+    with telling_faces(say):
+        identity = loaded.encode(photos)
     if bank is not None:
         from .sampling.loading import unet_shapes
 
@@ -129,6 +133,7 @@ def mix_identities(files: Sequence[Path], out: Path, weights: str | None = None)
 
     if len(files) < 2:
         raise InputError(f"mix: wanted at least two identities, got {len(files)}")
+    new_file(out)
     try:
         numbers = None if weights is None else [float(w) for w in weights.split(",")]
     except ValueError:
@@ -231,6 +236,20 @@ def writable_folder(folder: Path) -> Path:
     except OSError as e:
         raise InputError(f"cannot write into {folder}: {e.strerror or e}; choose another --out folder") from e
     return folder
+
+
+def new_file(path: Path, suffix: str = ".safetensors") -> Path:
+    """Find out before the work whether this file can be written; folders on the way are made.
+
+    Raises:
+        InputError: another suffix (a photo's, say, that would be lost), a folder, or a place that cannot be written.
+    """
+    if path.suffix.lower() != suffix:
+        raise InputError(f"--out {path}: wanted a name that ends in {suffix}, such as {path.with_suffix(suffix).name}")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; wanted a file, such as {path / ('me' + suffix)}")
+    writable_folder(path.parent)
+    return path
 
 
 def save_picture(picture: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:

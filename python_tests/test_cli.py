@@ -102,6 +102,56 @@ def test_generate_uses_the_model_of_the_folder_that_it_is_given(tmp_path):
     assert not np.array_equal(shipped, own)
 
 
+def test_encode_takes_a_folder_says_which_face_and_makes_the_folder_of_its_result(tmp_path, photo):
+    alone = Image.open(photo).convert("RGB")
+    both = Image.new("RGB", (alone.width * 2, alone.height))
+    both.paste(alone, (0, 0))
+    both.paste(alone.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (alone.width, 0))
+    (tmp_path / "me ü").mkdir()
+    both.save(tmp_path / "me ü" / "both.jpg")
+    alone.save(tmp_path / "me ü" / "one.PNG")
+    out = tmp_path / "a/b/m.safetensors"
+    result = CliRunner().invoke(cli.app, ["encode", str(tmp_path / "me ü"), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("2 faces in a photo, the largest is taken: ") == 1 and "--choose" in result.stderr
+    assert "2 photos" in result.stderr and not result.stdout
+    assert Identity.load(out).system == "tiny"
+
+
+def test_what_was_drawn_stays_when_the_rest_is_stopped(tmp_path, monkeypatch, capsys):
+    """Each picture is written when it is there; Ctrl-C says how to get the others, and they are the same pictures."""
+    from idcore.sampling.tiny_sd import tiny_sd
+
+    drawn = type(tiny_sd()).__call__
+    calls = []
+
+    def stopped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return drawn(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny_sd()), "__call__", stopped)
+    args = ["generate", "--base", "tiny-sd", "--prompt", "a photo of a person", "--steps", "1", "--out"]
+    monkeypatch.setattr("sys.argv", ["idcore", *args, str(tmp_path / "a"), "--seed", "5", "--count", "4"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert f"2 of 4 pictures are in {tmp_path / 'a'}; the others: --seed 7 --count 2" in said, said
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["000_seed5.png", "001_seed6.png"]
+    status, out, error = run(*args, tmp_path / "b", "--seed", 5, "--count", 2)
+    assert status == 0, error
+    assert all(np.array_equal(*pictures([p, tmp_path / "a" / p.name])) for p in sorted((tmp_path / "b").glob("*.png")))
+
+
+def test_what_does_nothing_is_said(tmp_path):
+    args = ("--base", "tiny-sd", "--negative", "blurry", "--preset", "style", "--steps", "1", "--out", str(tmp_path))
+    result = CliRunner().invoke(cli.app, ["generate", "--prompt", "a person", *args])
+    assert result.exit_code == 0, result.output
+    assert "--preset: not used, since no --id" in result.stderr
+    assert "--negative: not used at --guidance 1" in result.stderr
+
+
 def test_mix_writes_a_weighted_mean(tmp_path):
     a, b = (Identity(torch.full((1, 2, 3), v), None, "tiny", {}) for v in (1.0, 5.0))
     a.save(tmp_path / "a.safetensors")
@@ -220,14 +270,17 @@ def test_presets_differ(sdxl, tmp_path):
         (("encode", "{tmp}/none.png", "--out", "{tmp}/a.safetensors"), "none.png"),
         (("encode", "{photo}", "--system", "pulid", "--out", "{tmp}/a.safetensors"), "needs its adapter weights"),
         (
-            ("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a"),
+            ("encode", "{photo}", "--system", "magic", "--out", "{tmp}/a.safetensors"),
             'system must be "tiny" (embedded model), "auto", pulid',
         ),
         (("convert", "{tmp}/none.bin", "--out", "{tmp}/a.safetensors"), "none.bin"),
         (("encode", "{grey}", "--out", "{tmp}/a.safetensors"), "No face was found"),
         (("demo", "--photo", "{grey}", "--out", "{tmp}/d"), "No face was found in {tmp}/grey.png"),
         (("demo", "--out", "/proc/none"), "cannot write into /proc/none"),
-        (("encode", "{photo}", "--weights", "pulid.safetensors", "--out", "{tmp}/a"), "say whose the files are"),
+        (
+            ("encode", "{photo}", "--weights", "pulid.safetensors", "--out", "{tmp}/a.safetensors"),
+            "say whose the files are",
+        ),
         (
             (
                 "generate",
@@ -252,6 +305,22 @@ def test_presets_differ(sdxl, tmp_path):
         ),
         (("generate", "--prompt", "x", "--out", "{tmp}", "--like", "{photo}"), "--like gives a photo per --id"),
         (("generate", "--prompt", "x", "--out", "{tmp}", "--base", "tiny-sd", "--id", "{photo}"), "train sefi-ide"),
+        (("encode", "{photo}", "--out", "{tmp}/me.png"), "ends in .safetensors, such as me.safetensors"),
+        (("encode", "{photo}", "--out", "{tmp}/dir.safetensors"), "is a folder; wanted a file, such as"),
+        (("encode", "{tmp}/dir.safetensors", "--out", "{tmp}/a.safetensors"), "is a folder without pictures"),
+        (("encode", "{grey}", "--out", "/proc/none/a.safetensors"), "cannot write into /proc/none"),
+        (
+            ("generate", "--prompt", "x", "--out", "{tmp}/g", "--id", "{photo}", "--like", "{grey}"),
+            "No face was found in {tmp}/grey.png",
+        ),
+        (("generate", "--prompt", "x", "--out", "{tmp}/g", "--seed", 2**63 - 1), "--seed plus --count goes to"),
+        (
+            ("generate", "--prompt", "x", "--out", "{tmp}/g", "--guidance", "nan"),
+            "--guidance is a number from 0 to 100",
+        ),
+        (("generate", "--prompt", "x", "--out", "{tmp}/g", "--preset", "old"), '--preset is "fidelity" or "style"'),
+        (("prepare",), "idcore prepare PHOTOS --out data"),
+        (("draw", "{tmp}/d", "--size", 8), "'--size'"),
         (("bench", "nothing"), "invalid choice: 'nothing'"),
         (("fetch", "--bundle", "{tmp}/x.tar"), "a bundle needs at least one recipe"),
         (("ui", "--base", "/nope"), "/nope does not exist; wanted a folder with an SDXL pipeline"),
@@ -261,6 +330,7 @@ def test_presets_differ(sdxl, tmp_path):
 def test_bad_input_is_one_clear_text(args, text, tmp_path, photo):
     grey = tmp_path / "grey.png"
     Image.new("RGB", (200, 200), (128, 128, 128)).save(grey)
+    (tmp_path / "dir.safetensors").mkdir()
     status, _, error = run(*(str(a).format(tmp=tmp_path, photo=photo, grey=grey) for a in args))
     assert status in (1, 2) and text.format(tmp=tmp_path) in error, error
 

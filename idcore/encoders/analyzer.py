@@ -211,8 +211,8 @@ def find_face(
     where = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "the picture"
     raise NoFaceError(
         f"No face was found in {where} ({picture.width}x{picture.height}, analyzer {analyzer.name}). Use a photo in "
-        "which a face is upright, lit, at least about 40 pixels wide and not cut off by the edge; or pass "
-        "on_no_face='skip' to leave such photos out."
+        "which a face is upright, lit, at least about 40 pixels wide and not cut off by the edge; or leave this one "
+        "out (in Python: on_no_face='skip')."
     )
 
 

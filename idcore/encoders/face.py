@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from idcore.errors import InputError, NoFaceError, SeveralFacesError
 
 Policy = str | int
 POLICIES = ("largest", "center", "only")
+_WORDS = {"largest": "largest", "center": "one nearest to the centre"}
+log = logging.getLogger("idcore.encoders.face")
 
 
 @dataclass
@@ -78,10 +81,12 @@ def choose(faces: Sequence[Face], policy: Policy = "largest") -> Face:
         if not -len(faces) <= policy < len(faces):
             raise InputError(f"There is no face {policy} among {len(faces)} (counted from 0, largest first): {listed}.")
         return faces[int(policy)]
-    if policy == "largest":
-        return largest_first(faces)[0]
-    if policy == "center":
-        return min(faces, key=_off_center)
+    if policy in ("largest", "center"):
+        chosen = largest_first(faces)[0] if policy == "largest" else min(faces, key=_off_center)
+        if len(faces) > 1:
+            log.info("%d faces in a photo, the %s is taken: %s; others: %s", len(faces), _WORDS[policy], chosen,
+                     "; ".join(f"{i}: {f}" for i, f in enumerate(faces) if f is not chosen))  # fmt: skip
+        return chosen
     if policy == "only":
         if len(faces) > 1:
             raise SeveralFacesError(

@@ -60,7 +60,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(
             f"{name} has {width}x{height} = {width * height:,} pixels; at most {max_pixels:,} are decoded "
-            "(max_pixels). Scale it down, or raise max_pixels if you trust the file."
+            "here. Scale it down (in Python, for a file that you trust: raise max_pixels)."
         )
 
 

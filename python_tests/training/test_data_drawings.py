@@ -56,3 +56,15 @@ def test_the_command_line(tmp_path):
     run = CliRunner().invoke(app, ["draw", str(tmp_path / "x"), "--kind", "people", "--count", "2", "--style", "oil"])
     assert run.exit_code == 0 and "2 pictures in" in run.stdout
     assert len(list((tmp_path / "x").glob("*.png"))) == len(list((tmp_path / "x").glob("*.txt"))) == 2
+
+
+def test_a_folder_holds_one_seed_of_a_kind(tmp_path):
+    """Two people in a folder would be learned as one."""
+    first = draw_folder(tmp_path, "person", 2, seed=1)
+    assert draw_folder(tmp_path, "person", 3, seed=1)[:2] == first, "more of the same"
+    draw_folder(tmp_path, "backgrounds", 1, seed=9)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for changed in ({"seed": 2}, {"style": "pencil"}, {"size": 96}):
+        with pytest.raises(InputError, match="holds drawings of another seed, style or size already .person-0000.png"):
+            draw_folder(tmp_path, "person", 1, **{"seed": 1} | changed)
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}

@@ -54,7 +54,9 @@ def run_prepare(
     if dry_run:
         return report
     if not report.records:
-        raise InputError(f"prepare: nothing was kept of {report.found} pictures; reasons in {out / 'dropped.jsonl'}")
+        raise InputError(
+            f"prepare: nothing was kept of {report.found} pictures; reasons above and in {out / 'dropped.jsonl'}"
+        )
     if base is not None:
         import torch
 

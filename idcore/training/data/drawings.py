@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...encoders.images import load_image
 from ...errors import InputError
-from ...workflows import writable_folder
+from ...workflows import save_picture, writable_folder, write_text
 from ..tiny.people import sample_person, sample_view
 from ..tiny.prompts import BACKGROUNDS, STYLES, write_prompt
 from ..tiny.renderer import render
@@ -29,7 +30,7 @@ def draw_folder(
     """Write `count` PNG pictures with captions (.txt) beside them.
 
     Args:
-        out: folder; made where it is missing. Files of the same names are written anew.
+        out: folder; made where it is missing. It may hold drawings of other kinds, and of this one from the same seed.
         kind: "person": one person, seen several times; "people": another in each; "backgrounds": walls, nobody.
         style: of `STYLES`, on the whole picture.
         seed: another seed draws others. The first picture of a person is neutral and from the front.
@@ -39,7 +40,7 @@ def draw_folder(
         The pictures.
 
     Raises:
-        InputError: an argument out of range, or a folder that cannot be written.
+        InputError: an argument out of range, a folder that cannot be written, or one with other drawings of this kind.
     """
     if kind not in KINDS or style not in STYLES:
         raise InputError(f"draw: wanted {', '.join(KINDS)} in {', '.join(STYLES)}; got {kind!r} in {style!r}")
@@ -49,11 +50,22 @@ def draw_folder(
     made = []
     for i in range(count):
         picture, caption = _draw(kind, i, style, seed)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         path = folder / f"{kind}-{i:04d}.png"
-        path.with_suffix(".txt").write_text(caption + "\n")
-        picture.resize((size, size), Image.Resampling.BICUBIC).save(path)
-        made.append(path)
+        if i == 0:
+            _refuse_others(path, picture)
+        write_text(path.with_suffix(".txt"), caption)
+        made.append(save_picture(picture, path))
     return made
+
+
+def _refuse_others(path: Path, first: Image.Image) -> None:
+    """The first picture tells seed, style and size apart: people of two calls in one folder would be taken for one."""
+    if path.exists() and not np.array_equal(np.asarray(load_image(path)), np.asarray(first)):
+        raise InputError(
+            f"draw: {path.parent} holds drawings of another seed, style or size already ({path.name}); choose another "
+            "folder, or remove them first"
+        )
 
 
 def _draw(kind: str, index: int, style: str, seed: int) -> tuple[Image.Image, str]:

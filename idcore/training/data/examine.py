@@ -63,7 +63,7 @@ class Examiner:
         if entry.problem is not None:
             raise Rejected(*entry.problem)
         if entry.caption is None and self.config.captions == "refuse":
-            raise Rejected("no caption", "there is no text for it, or an empty one; write one, or allow empty captions")
+            raise Rejected("no caption", "there is no text for it, or an empty one; write one, or --set captions=empty")
         try:
             content = read_bytes(self.root, entry.file, entry.offset, entry.length)
             picture = load_image(content, max_pixels=self.config.max_pixels)
