@@ -13,7 +13,7 @@ from .cli_options import one_or_each
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; those of the same number and seed are replaced.")],
     id: Annotated[
         list[Path] | None,
         typer.Option(

@@ -47,7 +47,9 @@ Guidance = Annotated[
     typer.Option(help="Classifier-free guidance, default 1.2 (tiny-sd: 1); 1 leaves it out.", show_default=False),
 ]
 AutoSystem = Annotated[str, typer.Option(help='"auto": what --weights holds; its name; or a fetched recipe.')]
-Preset = Annotated[str | None, typer.Option(help='PuLID: "fidelity" or "style".')]
+Preset = Annotated[
+    str | None, typer.Option(help='PuLID: "fidelity", "style", "v1.1" or "plain"; default: its version\'s.')
+]
 Styles = Annotated[
     list[Path] | None, typer.Option(help="LoRA file, or a result of `idcore train styleforge`; may be repeated.")
 ]

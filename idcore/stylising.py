@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .generating import GenerateRequest, about, check_texts, is_tiny, plain_values, progress
+from .generating import GenerateRequest, about, is_tiny, plain_values, progress
 from .generating_base import Artist, opener
+from .generating_checks import check_texts
 from .workflows import check_system, save_picture, writable_folder, write_text
 
 if TYPE_CHECKING:

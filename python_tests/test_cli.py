@@ -313,12 +313,15 @@ def test_presets_differ(sdxl, tmp_path):
             ("generate", "--prompt", "x", "--out", "{tmp}/g", "--id", "{photo}", "--like", "{grey}"),
             "No face was found in {tmp}/grey.png",
         ),
-        (("generate", "--prompt", "x", "--out", "{tmp}/g", "--seed", 2**63 - 1), "--seed plus --count goes to"),
+        (("generate", "--prompt", "x", "--out", "{tmp}/g", "--seed", 2**63 - 1), "--seed plus --count is"),
         (
             ("generate", "--prompt", "x", "--out", "{tmp}/g", "--guidance", "nan"),
             "--guidance is a number from 0 to 100",
         ),
-        (("generate", "--prompt", "x", "--out", "{tmp}/g", "--preset", "old"), '--preset is "fidelity" or "style"'),
+        (
+            ("generate", "--prompt", "x", "--out", "{tmp}/g", "--preset", "old"),
+            "--preset must be one of fidelity, style",
+        ),
         (("prepare",), "idcore prepare PHOTOS --out data"),
         (("draw", "{tmp}/d", "--size", 8), "'--size'"),
         (("bench", "nothing"), "invalid choice: 'nothing'"),
