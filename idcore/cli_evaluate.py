@@ -31,8 +31,12 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(help="To make: classifier-free guidance, default 1.2 (tiny-sd: 1).")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="To make: pixels; default the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="To make: pixels; default the model's own.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, max=8192, help="To make: pixels; default the model's own.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=8, max=8192, help="To make: pixels; default the model's own.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="To make: negative prompt.")] = "",
     placeholder: Annotated[
         str | None, typer.Option(help="To make: the word that is the person, for systems that act through the prompt.")

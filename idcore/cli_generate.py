@@ -35,8 +35,10 @@ def generate(
     count: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
     id_scale: options.IdScale = None,
     guidance: options.Guidance = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; SDXL 768, else the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; SDXL 1024, else the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, max=8192, help="Pixels; SDXL 768, else the model's own.")] = None,
+    height: Annotated[
+        int | None, typer.Option(min=8, max=8192, help="Pixels; SDXL 1024, else the model's own.")
+    ] = None,
     system: options.AutoSystem = "auto",
     weights: options.Weights = None,
     vision: options.Vision = None,

@@ -38,7 +38,7 @@ def stylise(
     seed: Annotated[int, typer.Option(min=0, help="Picture i of a photo uses seed + i.")] = 0,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures per photo.")] = 1,
     long_side: Annotated[
-        int | None, typer.Option(min=8, help="Pixels of the pictures' longer side; default the model's own.")
+        int | None, typer.Option(min=8, max=8192, help="Pixels of the pictures' longer side; default the model's own.")
     ] = None,
     system: options.AutoSystem = "auto",
     weights: options.Weights = None,
