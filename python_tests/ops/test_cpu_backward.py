@@ -88,7 +88,7 @@ def eager_gradients(case, given, g):
 
 
 def assert_gradients(case, seed=0):
-    """err <= 3 err(eager, same dtype) + floor for every gradient, against float64.
+    """err <= 2 err(eager, same dtype) + floor for every gradient, against float64.
 
     A scale's gradient is one number in which many terms cancel; its error counts against the sum of their magnitudes.
     """
@@ -108,8 +108,11 @@ def assert_gradients(case, seed=0):
         if name == "dscale":
             size = size + g.double().abs().sum() / case.batch * 0.1
         error, limit = ((t.double() - truth).abs().max() / size for t in (x, y))
-        limit = 3 * limit + parity.FLOOR[case.dtype]
-        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g} in assert_gradients({case!r}, {seed})"
+        limit = 2 * limit + parity.FLOOR[case.dtype]
+        if error > limit:  # the rule's second look: eager may have been lucky once
+            seen = name != "dscale" or case.tensor_scale
+            assert seen, f"{name}: {error:.3g} above {limit:.3g} in assert_gradients({case!r}, {seed})"
+            parity.assert_gradients(case, "cpu", seed=seed)
 
 
 @pytest.mark.parametrize("case", ODD_CASES, ids=lambda c: c.name)
