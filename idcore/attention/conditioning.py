@@ -311,7 +311,7 @@ class Conditioning:
     def _scale_row(self, name: str, device: torch.device) -> Tensor:
         """Scales of this step at a layer, float32 [n]."""
         table, place = self._scale_table(device), self.places[name]
-        if self.plan is None or self.as_data or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.plan is None or self.as_data:  # first: a graph that asks is made anew
             return table[place]
         return self._base[place] * self._gain_now().to(device)  # the table may be at another thread's step
 
