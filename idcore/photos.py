@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def photos_of(paths: Sequence[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from .rows import SUFFIXES
+from ..photos import SUFFIXES
 
 DRAWN = "drawn:"
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 DRY = "IDCORE_BENCH_DRY"  # set by --dry, so that processes of the parts know
 DRY_TIMES = 10  # as much time for --dry: its machine may be a small one that others use too
+LOST = 70  # exit status of a process whose CUDA context no longer works; none of pytest's own
 
 Save = Callable[[dict[str, Any]], None]  # what a part has found so far
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from .place import DRY_TIMES, Save, place
+from .place import DRY_TIMES, LOST, Save, place
 
 PATIENCE = 30.0  # seconds that a call may take, if it is not told otherwise (our choice)
-LOST = 70  # exit status of a process whose CUDA context no longer works
 
 
 def context_works() -> bool:

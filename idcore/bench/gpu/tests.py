@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .build import ROOT
-from .place import DRY_TIMES, Save, nothing_saved, place
-from .progress import LOST, lines
+from .place import DRY_TIMES, LOST, Save, nothing_saved, place
+from .progress import lines
 
 PATIENCE = 45.0  # seconds that a test may take, imports and Triton's compiler included (our choice)
 ENDED = (0, 1, 5)  # pytest's exit statuses: all passed, some failed, none was left

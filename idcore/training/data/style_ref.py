@@ -14,8 +14,8 @@ from typing import Any
 from ...encoders.analyzer import default_analyzer
 from ...encoders.images import load_image
 from ...errors import InputError
+from ...photos import SUFFIXES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 COUNT = (15, 20)  # images, section 4 of the paper
 SHARE = (0.25, 0.75)  # of images with people; our choice, the paper gives none
 

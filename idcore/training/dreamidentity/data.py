@@ -9,6 +9,7 @@ from PIL import Image
 from ...encoders.face_crops import FaceCrops
 from ...encoders.images import load_image
 from ...errors import InputError
+from ...photos import SUFFIXES
 from ...systems.dreamidentity import DreamIdentityConfig
 from ..commands import Say
 from ..contract import Source
@@ -87,10 +88,9 @@ def guests_of(
 
 def photo_guests(folder: Path, count: int, sizes: DreamIdentityConfig, analyzer: object) -> list[Guest]:
     """The first photos of a folder. Raises InputError where there are none."""
-    names = (".png", ".jpg", ".jpeg", ".webp")
-    photos = sorted(p for p in folder.glob("*") if p.suffix.lower() in names)[:count]
+    photos = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)[:count]
     if not photos:
-        raise InputError(f"validation.people: no photos ({', '.join(names)}) in {folder}")
+        raise InputError(f"validation.people: no photos ({', '.join(SUFFIXES)}) in {folder}")
     crops = FaceCrops(sizes.vit.image_size, analyzer, template=sizes.template)
     return [Guest(p.stem, load_image(p), crops(p)[0]) for p in photos]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...attention.sites import attention_of, find_sites
 from ...errors import InputError, WeightsError
+from ...photos import SUFFIXES
 from ...results import is_result, read_result
 from ...systems.pulid import PuLID, PuLIDConfig
 from ...workflows import writable_folder
@@ -225,10 +226,9 @@ class Models:
             return _guests_of(batch, self.base, self.device)
         from ...encoders.images import load_image
 
-        names = (".png", ".jpg", ".jpeg", ".webp")
-        photos = sorted(p for p in Path(v.people).glob("*") if p.suffix.lower() in names)[: v.count]
+        photos = sorted(p for p in Path(v.people).glob("*") if p.suffix.lower() in SUFFIXES)[: v.count]
         if not photos:
-            raise InputError(f"validation.people: no photos ({', '.join(names)}) in {v.people}")
+            raise InputError(f"validation.people: no photos ({', '.join(SUFFIXES)}) in {v.people}")
         return [Guest(p.stem, load_image(p), self.preprocess()(p)) for p in photos]
 
     def preprocess(self) -> Any:
